@@ -1,0 +1,1 @@
+"""The MARS runtime: what a deployed program needs."""
