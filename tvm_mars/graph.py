@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mars_runtime.errors import InputError, MarsError
+from mars_runtime.maps import RAW_BITS, MapType
 from mars_runtime.quantize import Dequantize, Quantize
 from mars_runtime.rounding import divide_half_even
 
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 IntArray: TypeAlias = npt.NDArray[Any]
-RAW_BITS = 32  # a map of accumulators that nothing requantizes
 
 
 class GraphError(MarsError, ValueError):
@@ -67,29 +67,6 @@ def _array(dtype: npt.DTypeLike) -> Any:
 
 def _array_repr(array: IntArray) -> str:
     return f"{array.dtype}{list(array.shape)}"
-
-
-@attrs.frozen
-class MapType:
-    """Shape and code range of a map, per image.
-
-    ``bits`` is 4 or 8, or 32 for raw accumulators; ``zero_point`` is the stored code of zero.
-    """
-
-    channels: int
-    height: int
-    width: int
-    bits: int
-    zero_point: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return (self.channels, self.height, self.width)
-
-    def __str__(self) -> str:
-        zero = f" z{self.zero_point}" if self.zero_point else ""
-        return f"{self.channels}x{self.height}x{self.width} u{self.bits}{zero}"
 
 
 @attrs.frozen

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import attrs
 
 from .errors import ArchError
+from .maps import WORD_CHANNELS
 
 __all__ = ["PRESETS", "FieldInfo", "MarsArch", "load_arch"]
 
@@ -108,12 +109,12 @@ class MarsArch:
         high=64,
     )
     weight_group: int = _number(
-        16,
+        WORD_CHANNELS,
         "weights",
         "[P]",
         "Inputs of one access, shared by the partitions; a 64-bit map word holds as many channels.",
-        low=16,
-        high=16,
+        low=WORD_CHANNELS,
+        high=WORD_CHANNELS,
     )
     core_clock_mhz: float = _number(100, "MHz", "[P]", "Clock of the cores.", low=0.001)
     top_clock_mhz: float = _number(
