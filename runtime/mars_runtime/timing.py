@@ -1,0 +1,356 @@
+"""What one instruction takes: cycles, port accesses, macro accesses, bits moved.
+
+These functions are the machine's only source of time and counts; the executing machine and its
+timeline without data both call them. Each bank port serves a core once per core cycle, so that a
+visit of an output block lasts as long as the busiest of its macros and its two ports.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from . import isa
+from .arch import MarsArch
+from .errors import MachineError
+from .maps import RAW_BITS, WORD_BYTES, WORD_CHANNELS
+from .packing import block_parameter_bytes
+
+__all__ = [
+    "CoreConfig",
+    "Cost",
+    "LoadedSegment",
+    "Visit",
+    "add_cost",
+    "conv_cost",
+    "decode_load",
+    "offchip_cycles",
+    "pool_cost",
+    "taps_inside",
+]
+
+WORD_BITS = 8 * WORD_BYTES
+RAW_WORDS = RAW_BITS * WORD_CHANNELS // WORD_BITS  # words of a pixel's accumulators, per block
+
+
+@attrs.frozen
+class CoreConfig:
+    """What SAS, APW and RESIDUAL have set on a core."""
+
+    contexts: tuple[isa.Sas | None, ...] = (None,) * (isa.field_limit(isa.Sas, "context") + 1)
+    apw: isa.Apw | None = None
+    residual: isa.Residual | None = None
+
+    def context(self, number: int) -> isa.Sas:
+        """Give an input context.
+
+        Raises
+        ------
+        MachineError
+            If no SAS has set it.
+        """
+        found = self.contexts[number]
+        if found is None:
+            raise MachineError(f"input context {number} was not set by a SAS")
+        return found
+
+    @property
+    def output(self) -> isa.Apw:
+        """The APW's setting.
+
+        Raises
+        ------
+        MachineError
+            If no APW has set it.
+        """
+        if self.apw is None:
+            raise MachineError("the output was not set by an APW")
+        return self.apw
+
+
+@attrs.frozen
+class LoadedSegment:
+    """Group-sets of a segment: input context, absolute taps and input blocks, first macro slot."""
+
+    context: int
+    taps: tuple[int, ...]
+    blocks: tuple[int, ...]
+    slot: int
+
+
+@attrs.frozen
+class Visit:
+    """One output block's turn in a load."""
+
+    block: int
+    first: bool
+    last: bool
+    segments: tuple[LoadedSegment, ...]
+
+    @property
+    def group_sets(self) -> int:
+        """Group-sets multiplied for each pixel."""
+        return sum(len(segment.taps) for segment in self.segments)
+
+
+@attrs.frozen
+class Load:
+    """A decoded load descriptor with its index codes."""
+
+    visits: tuple[Visit, ...]
+    segments: int
+    codes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:
+    """Walk the load descriptor and index codes of an index SRAM's content.
+
+    Raises
+    ------
+    MachineError
+        If the descriptor does not end, or an index code contradicts it.
+    """
+    visits: list[Visit] = []
+    open_segments: list[LoadedSegment] = []
+    start, count, first_code = descriptor, 0, codes
+    first = True
+    while True:
+        bits = _word(index, descriptor, isa.SEGMENT_BYTES, "segment")
+        segment = isa.unpack_word(isa.Segment, bits)
+        descriptor += isa.SEGMENT_BYTES
+        if not open_segments:
+            first = bool(segment.first)
+        taps, blocks = _codes(index, codes, segment)
+        open_segments.append(LoadedSegment(segment.context, taps, blocks, slot + count))
+        count += len(taps)
+        codes += isa.CODE_BYTES * len(taps)
+        following = _following(index, descriptor, segment)
+        if following is None or following.out_block != segment.out_block or segment.last:
+            visits.append(
+                Visit(segment.out_block, first, bool(segment.last), tuple(open_segments))
+            )
+            open_segments = []
+        elif following.first:
+            raise MachineError(f"block {segment.out_block} starts again within its visit")
+        if following is None:
+            segments = (descriptor - start) // isa.SEGMENT_BYTES
+            return Load(tuple(visits), segments, (codes - first_code) // isa.CODE_BYTES)
+
+
+def _following(index: bytes, at: int, segment: isa.Segment) -> isa.Segment | None:
+    if segment.end:
+        return None
+    return isa.unpack_word(isa.Segment, _word(index, at, isa.SEGMENT_BYTES, "segment"))
+
+
+def _word(index: bytes, at: int, size: int, what: str) -> int:
+    if at + size > len(index):
+        raise MachineError(f"{what} at byte {at} lies outside the index SRAM of {len(index)} bytes")
+    return int.from_bytes(index[at : at + size], "little")
+
+
+def _codes(
+    index: bytes, at: int, segment: isa.Segment
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if segment.empty:
+        return (), ()
+    head = isa.unpack_word(isa.IndexCode, _word(index, at, isa.CODE_BYTES, "index code"))
+    count = head.count or isa.GROUP_SETS_PER_SEGMENT
+    _word(index, at + isa.CODE_BYTES * (count - 1), isa.CODE_BYTES, "index code")
+    taps, blocks = [], []
+    for i in range(count):
+        word = int.from_bytes(index[at + 2 * i : at + 2 * i + isa.CODE_BYTES], "little")
+        code = isa.unpack_word(isa.IndexCode, word)
+        if code.first != (i == 0) or code.count != head.count:
+            raise MachineError(
+                f"index code {word:#06x} at byte {at + isa.CODE_BYTES * i} does not continue "
+                f"a kernel of {count} group-sets at place {i}"
+            )
+        taps.append(segment.tap_base * isa.TAPS_PER_SEGMENT + code.tap)
+        blocks.append(segment.block_base * isa.BLOCKS_PER_SEGMENT + code.block)
+    return tuple(taps), tuple(blocks)
+
+
+# -- costs -----------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Cost:
+    """What one core spends on one instruction.
+
+    ``cycles`` with the latency at the end; ``macro_cycles`` of them the macros are busy;
+    ``reads``, ``writes`` are port accesses per bank, ``read_words``, ``written_words`` what they
+    carried; ``partial_words`` travel off-chip.
+    """
+
+    cycles: int
+    macro_cycles: int = 0
+    group_sets: int = 0  # group-set times pixel, so that one is 256 MACs
+    reads: tuple[int, int] = (0, 0)
+    writes: tuple[int, int] = (0, 0)
+    written_words: int = 0
+    partial_words: int = 0
+    index_bytes: int = 0
+    parameter_bytes: int = 0
+
+
+@functools.lru_cache(maxsize=65536)
+def _inside(out: int, stride: int, offset: int, size: int) -> int:
+    """How many of ``out`` positions, ``stride`` apart from ``offset`` on, lie in ``0..size-1``."""
+    low = max(0, -(-(-offset) // stride))
+    high = min(out - 1, (size - 1 - offset) // stride)
+    return max(0, high - low + 1)
+
+
+@functools.lru_cache(maxsize=8192)
+def taps_inside(sas: isa.Sas, height: int, width: int, taps: tuple[int, ...]) -> int:
+    """Pixels of a tile that read the map, not its padding, summed over taps."""
+    return sum(
+        _inside(
+            height,
+            sas.stride_y,
+            tap // sas.kernel_width * sas.dilation_y + sas.origin_y,
+            sas.height,
+        )
+        * _inside(
+            width, sas.stride_x, tap % sas.kernel_width * sas.dilation_x + sas.origin_x, sas.width
+        )
+        for tap in taps
+    )
+
+
+@functools.lru_cache(maxsize=8192)
+def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: Load) -> Cost:
+    """Give the cost of CONV on one core, without other cores' share of the off-chip port."""
+    apw = config.output
+    windows = conv.height * conv.width
+    height, width = conv.height * apw.pool_height, conv.width * apw.pool_width
+    pixels = height * width
+    cycles = macro_cycles = group_sets = written = partial_words = 0
+    reads, writes = [0, 0], [0, 0]
+    for visit in load.visits:
+        visit_reads, visit_writes = [0, 0], [0, 0]
+        compute = 0
+        for segment in visit.segments:
+            sas = config.context(segment.context)
+            accesses = arch.accesses(8 if sas.wide else 4)
+            compute += len(segment.taps) * accesses * pixels
+            visit_reads[sas.bank] += accesses * taps_inside(sas, height, width, segment.taps)
+        partial = RAW_WORDS * pixels * ((not visit.first) + (not visit.last))
+        if conv.partial == isa.PARTIAL_OFFCHIP:
+            partial_words += partial
+        else:
+            visit_reads[conv.partial_bank] += RAW_WORDS * pixels * (not visit.first)
+            visit_writes[conv.partial_bank] += RAW_WORDS * pixels * (not visit.last)
+            written += RAW_WORDS * pixels * (not visit.last)
+        if visit.last:
+            words = RAW_WORDS if apw.mode == isa.MODE_RAW else 1 + apw.wide
+            # Codes of a pixel are written in one access, 64 or 128 bits; accumulators in eight.
+            visit_writes[apw.bank] += windows * (words if apw.mode == isa.MODE_RAW else 1)
+            written += windows * words
+            if config.residual:
+                visit_reads[config.residual.bank] += pixels * (1 + config.residual.wide)
+        ports = max(r + w for r, w in zip(visit_reads, visit_writes, strict=True))
+        cycles += max(compute, ports)
+        macro_cycles += compute
+        group_sets += visit.group_sets * pixels
+        for bank in range(2):
+            reads[bank] += visit_reads[bank]
+            writes[bank] += visit_writes[bank]
+    with_multiplier = apw.mode == isa.MODE_MULTIPLIER
+    return Cost(
+        cycles + arch.macro_latency_cycles + arch.apw_latency_cycles,
+        macro_cycles,
+        group_sets,
+        (reads[0], reads[1]),
+        (writes[0], writes[1]),
+        written,
+        partial_words,
+        load.segments * isa.SEGMENT_BYTES + load.codes * isa.CODE_BYTES,
+        len(load.visits) * block_parameter_bytes(with_multiplier),
+    )
+
+
+def _apw_cost(arch: MarsArch, reads: Sequence[int], writes: Sequence[int], written: int) -> Cost:
+    cycles = max(r + w for r, w in zip(reads, writes, strict=True)) + arch.apw_latency_cycles
+    return Cost(
+        cycles, reads=(reads[0], reads[1]), writes=(writes[0], writes[1]), written_words=written
+    )
+
+
+def pool_cost(arch: MarsArch, pool: isa.Pool, config: CoreConfig, blocks: int) -> Cost:
+    """Give the cost of POOL on a core that is dealt some blocks."""
+    sas, apw = config.context(0), config.output
+    taps = _window_inside(sas, pool)
+    reads, writes = [0, 0], [0, 0]
+    reads[sas.bank] = blocks * taps * (1 + sas.wide)
+    writes[apw.bank] += blocks * pool.height * pool.width
+    return _apw_cost(arch, reads, writes, writes[apw.bank] * (1 + apw.wide))
+
+
+def _window_inside(sas: isa.Sas, pool: isa.Pool) -> int:
+    # The window is rectangular, so that rows and columns factor.
+    rows = sum(
+        _inside(pool.height, sas.stride_y, r * sas.dilation_y + sas.origin_y, sas.height)
+        for r in range(pool.kernel_height)
+    )
+    columns = sum(
+        _inside(pool.width, sas.stride_x, c * sas.dilation_x + sas.origin_x, sas.width)
+        for c in range(pool.kernel_width)
+    )
+    return rows * columns
+
+
+def add_cost(arch: MarsArch, add: isa.Add, config: CoreConfig, blocks: int) -> Cost:
+    """Give the cost of ADD on a core that is dealt some blocks."""
+    apw = config.output
+    reads, writes = [0, 0], [0, 0]
+    for number in range(1 + add.operands):
+        sas = config.context(number)
+        inside = _inside(add.height, sas.stride_y, sas.origin_y, sas.height) * _inside(
+            add.width, sas.stride_x, sas.origin_x, sas.width
+        )
+        reads[sas.bank] += blocks * inside * (1 + sas.wide)
+    writes[apw.bank] += blocks * add.height * add.width
+    return _apw_cost(arch, reads, writes, writes[apw.bank] * (1 + apw.wide))
+
+
+def offchip_cycles(arch: MarsArch, bits: int) -> int:
+    """Core cycles that a transfer holds the off-chip port."""
+    return -(-bits // arch.offchip_bits_per_cycle)
+
+
+def fill_bits(arch: MarsArch, fill: isa.Fill) -> int:
+    """Macro cells that FILL writes, in bits: a 4-bit weight takes a whole cell unless paired."""
+    cell = 4 if fill.weight_bits == 0 and arch.dual_4bit_cells else 8
+    return fill.count * arch.group_set_weights * cell
+
+
+def fill_cycles(arch: MarsArch, fill: isa.Fill) -> int:
+    """Core cycles of FILL."""
+    return -(-fill_bits(arch, fill) // arch.macro_write_bits)
+
+
+def core_list(mask: int, cores: int) -> tuple[int, ...]:
+    """Give the cores of a mask.
+
+    Raises
+    ------
+    MachineError
+        If the mask is empty or names a core that the chip has not.
+    """
+    found = tuple(core for core in range(mask.bit_length()) if mask >> core & 1)
+    if not found or found[-1] >= cores:
+        raise MachineError(f"core mask {mask:#b} on a chip of {cores} cores")
+    return found
+
+
+def dealt_blocks(first: int, count: int, place: int, cores: int) -> npt.NDArray[Any]:
+    """Give the channel blocks that POOL and ADD deal to the ``place``-th of ``cores`` cores."""
+    return np.arange(first + place, first + count, cores)
