@@ -1,0 +1,431 @@
+"""Write a native integer graph as ONNX in Q/DQ form, exact in float32.
+
+Every value of a native graph is a map of codes; ``code / 2**bits`` is its real value. In the file
+
+- an input is ``Clip(0, 1)``, ``Mul(2**bits - 1)``, ``QuantizeLinear`` with scale 1;
+- each arithmetic operator reads ``DequantizeLinear`` nodes whose scales are powers of two, and a
+  requantization is again Clip, Mul, QuantizeLinear (eq. 5: ``round(clamp(a) * (2**bits - 1))``);
+- a convolution is ``Conv``, a layer whose kernel covers its input ``Flatten`` and ``Gemm``; further
+  terms (projection shortcuts) and a residual are added before the Clip;
+- an average pool is ``Mul(2**bits - 1)``, ``AveragePool``, ``QuantizeLinear``: multiplied before it
+  divides, its quotient is rounded once, so that no count of codes spoils a tie;
+- max pools and reshapes work on the uint8 codes: eq. 5 is not idempotent, so nothing quantizes
+  twice.
+
+A layer's accumulators lie on the grid ``2**-P``, ``P`` the shift of its requantization. Its weight
+codes have the scale ``2**-(P - shift - bits_in)``, which is ``2**-(bits_weight - 1)`` in a network
+of eq. 5 to 8; its residual, and the operands of an addition ``m_i * 2**-P``, likewise. float32 adds
+such values without rounding, in any order and with or without fused multiply-add, as long as they
+stay below ``2**24`` steps of the grid: :func:`check_exact` proves that for each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mars_runtime.errors import CapacityError, UnsupportedError
+
+from .graph import (
+    Add,
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    Layer,
+    Output,
+    Pool,
+    Requant,
+    worst_accumulator,
+)
+
+__all__ = ["check_exact", "to_onnx"]
+
+OPSET = 17  # the newest that Relay's and Relax's importers share; no operator here needs more
+IR_VERSION = 8
+EXACT = 2**24  # float32 holds every integer up to here
+BATCH = "N"
+
+
+def to_onnx(graph: Graph) -> onnx.ModelProto:
+    """Export a native graph.
+
+    Parameters
+    ----------
+    graph : Graph
+        All requantizations native (eq. 5), inputs float32 by eq. 5, zero points 0.
+
+    Returns
+    -------
+    onnx.ModelProto
+        Checked; inputs are named ``x0, x1, ...``, outputs ``y0, y1, ...``; the batch dimension is
+        ``N``. The same graph gives the same bytes.
+
+    Raises
+    ------
+    UnsupportedError
+        If something in the graph is not native.
+    CapacityError
+        If a layer's sums could leave the integers that float32 holds.
+
+    Examples
+    --------
+    >>> from mars_runtime.quantize import Dequantize, Quantize
+    >>> from tvm_mars.graph import MapType
+    >>> quantize = Quantize(high=15, factor=15.0, clip=(0.0, 1.0))
+    >>> x = Input("x0", MapType(1, 2, 2, 4), (1, 2, 2), quantize)
+    >>> pool = Pool("maxpool0", "max", "x0", (2, 2), (2, 2))
+    >>> y = Output("maxpool0", (1, 1, 1), Dequantize(scale=(2.0**-4,)))
+    >>> [node.op_type for node in to_onnx(Graph([x], [pool], [y])).graph.node]
+    ['Clip', 'Mul', 'QuantizeLinear', 'MaxPool', 'DequantizeLinear']
+    """
+    grids = _raw_grids(graph)
+    check_exact(graph)
+    writer = _Writer(graph, grids)
+    for entry in graph.inputs:
+        writer.input(entry)
+    for layer in graph.layers:
+        writer.layer(layer)
+    for i, out in enumerate(graph.outputs):
+        writer.output(f"y{i}", out)
+    return writer.model()
+
+
+def check_exact(graph: Graph) -> None:
+    """Prove that float32 evaluates a native graph exactly.
+
+    Raises
+    ------
+    UnsupportedError
+        If a layer or a border is not native.
+    CapacityError
+        If a layer's accumulators, or a product before a rounding, may need more than 24 bits.
+    """
+    for entry in graph.inputs:
+        _check_input(entry)
+    for layer in graph.layers:
+        if layer.requant is not None and not layer.requant.native:
+            raise UnsupportedError(
+                f"requantizes by {layer.requant}",
+                where=layer.name,
+                hint="only eq. 5 has an exact float form",
+            )
+        _check_layer(layer, graph)
+
+
+def _check_input(entry: Input) -> None:
+    top = 2**entry.type.bits - 1
+    quantize, kind = entry.quantize, entry.type
+    native = (quantize.dtype, quantize.low, quantize.high, quantize.scale, quantize.zero_point)
+    if (
+        native != ("float32", 0, top, 1.0, 0)
+        or quantize.factor != top
+        or quantize.clip != (0.0, 1.0)
+        or kind.zero_point
+    ):
+        raise UnsupportedError(
+            f"quantizes {quantize}",
+            where=entry.name,
+            hint=f"eq. 5 is clip 0..1 * {top} in 0..{top}",
+        )
+
+
+def _check_layer(layer: Layer, graph: Graph) -> None:
+    if isinstance(layer, Pool):
+        if layer.requant is None:
+            return
+        # The sum is exact, and the quotient by the count is no tie unless it truly is one.
+        count = layer.kernel[0] * layer.kernel[1]
+        bits = graph.types[layer.input].bits + layer.requant.bits
+        _require_exact(layer.name, "the sum of the window", count << bits, EXACT)
+        return
+    if isinstance(layer, Conv):
+        worst = worst_accumulator(layer, graph.types)
+    else:
+        worst = sum(
+            (2 ** graph.types[operand.input].bits - 1) * abs(operand.multiplier)
+            for operand in layer.operands
+        )
+    _require_exact(layer.name, "accumulators", worst, EXACT - 1)
+    if layer.requant is not None:
+        clamped = min(worst, 2 ** int(layer.requant.shift[0]) - 1)
+        product = clamped * (2**layer.requant.bits - 1)
+        _require_exact(layer.name, "clamped accumulators times 2**bits - 1", product, EXACT - 1)
+
+
+def _require_exact(name: str, what: str, need: int, have: int) -> None:
+    if need > have:
+        raise CapacityError(
+            f"{what} may leave the integers that float32 holds",
+            op=name,
+            need=need,
+            have=have,
+            hint="prune the layer, use fewer weight or activation bits, or split its inputs",
+        )
+
+
+def _raw_grids(graph: Graph) -> dict[str, int]:
+    """Give the grid of each layer without requantization, which its output's scale tells."""
+    raw = {layer.name for layer in graph.layers if isinstance(layer, Conv) and not layer.requant}
+    grids: dict[str, int] = {}
+    for out in graph.outputs:
+        if out.value not in raw:
+            continue
+        if out.dequantize.dtype != "float32" or len(set(out.dequantize.scale)) != 1:
+            raise UnsupportedError(
+                f"accumulators leave {out.dequantize}",
+                where=out.value,
+                hint="dequantize them by one power of two",
+            )
+        grid = -_exponent(out.dequantize.scale[0], out.value)
+        if grids.setdefault(out.value, grid) != grid:
+            raise UnsupportedError("accumulators leave with two scales", where=out.value)
+    unread = sorted(raw - set(grids))
+    if unread:
+        raise UnsupportedError("accumulators that nothing reads", where=unread[0])
+    return grids
+
+
+def _exponent(scale: float, where: str) -> int:
+    mantissa, exponent = math.frexp(scale)
+    if mantissa != 0.5:
+        raise UnsupportedError(f"scale {scale:g} is no power of two", where=where)
+    return exponent - 1
+
+
+@attrs.define
+class _Writer:
+    """Nodes and constants of a model in the making.
+
+    ``tensors`` holds, for each value, the tensor of its codes (or accumulators) by its shape per
+    image: ``(C, H, W)``, or ``(C,)`` as a dense layer takes and gives it.
+    """
+
+    graph: Graph
+    raw_grids: dict[str, int]
+    tensors: dict[str, dict[tuple[int, ...], str]] = attrs.field(factory=dict)
+    nodes: list[onnx.NodeProto] = attrs.field(factory=list)
+    written: set[str] = attrs.field(factory=set)
+    constants: dict[str, onnx.TensorProto] = attrs.field(factory=dict)
+    inputs: list[onnx.ValueInfoProto] = attrs.field(factory=list)
+    outputs: list[onnx.ValueInfoProto] = attrs.field(factory=list)
+
+    def model(self) -> onnx.ModelProto:
+        """Assemble and check the model."""
+        graph = helper.make_graph(
+            self.nodes, "mars", self.inputs, self.outputs, list(self.constants.values())
+        )
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], producer_name="tvm-mars")
+        model.ir_version = IR_VERSION
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    # -- pieces --
+
+    def node(self, kind: str, inputs: Sequence[str], result: str, **attributes: object) -> str:
+        """Add a node unless its result is there already."""
+        if result not in self.written:
+            self.written.add(result)
+            self.nodes.append(helper.make_node(kind, inputs, [result], name=result, **attributes))
+        return result
+
+    def constant(self, name: str, array: npt.NDArray[np.generic]) -> str:
+        """Add a constant unless it is there already."""
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def number(self, value: int) -> str:
+        """Give a float32 scalar."""
+        return self.constant(f"float_{value}", np.array(value, np.float32))
+
+    def dequantize(self, codes: str, dtype: str, exponent: int, result: str) -> str:
+        """Multiply codes by ``2**exponent``."""
+        scale = self.constant(f"two_power_{exponent}", np.array(2.0**exponent, np.float32))
+        zero = self.constant(f"zero_{dtype}", np.array(0, dtype))
+        return self.node("DequantizeLinear", [codes, scale, zero], result)
+
+    def parameter(self, codes: npt.NDArray[np.generic], exponent: int, name: str) -> str:
+        """Dequantize a constant of weight or bias codes."""
+        stored = self.constant(f"{name}_codes", codes)
+        return self.dequantize(stored, str(codes.dtype), exponent, name)
+
+    def steps(self, source: str, bits: int, result: str) -> str:
+        """Multiply by ``2**bits - 1``."""
+        return self.node("Mul", [source, self.number(2**bits - 1)], result)
+
+    def round(self, steps: str, result: str) -> str:
+        """Round to codes, half to even."""
+        zero = self.constant("zero_uint8", np.array(0, np.uint8))
+        return self.node("QuantizeLinear", [steps, self.number(1), zero], result)
+
+    def eq5(self, source: str, bits: int, result: str) -> str:
+        """Quantize a float tensor by eq. 5."""
+        clipped = self.node("Clip", [source, self.number(0), self.number(1)], f"{result}_clip")
+        return self.round(self.steps(clipped, bits, f"{result}_steps"), result)
+
+    def put(self, value: str, shape: tuple[int, ...], tensor: str) -> None:
+        """Note the tensor that holds a value."""
+        self.tensors[value] = {shape: tensor}
+
+    def codes(self, value: str, shape: tuple[int, ...]) -> str:
+        """Give a value's tensor in some shape, reshaped if it has another."""
+        known = self.tensors[value]
+        if shape not in known:
+            source = next(iter(known.values()))
+            result = f"{value}_as_{'x'.join(map(str, shape))}"
+            if len(shape) == 1:
+                known[shape] = self.node("Flatten", [source], result, axis=1)
+            else:
+                sizes = self.constant(f"{result}_sizes", np.array([0, *shape], np.int64))
+                known[shape] = self.node("Reshape", [source, sizes], result)
+        return known[shape]
+
+    def real(self, value: str, shape: tuple[int, ...], exponent: int) -> str:
+        """Give the codes of a value times ``2**exponent``."""
+        codes = self.codes(value, shape)
+        return self.dequantize(codes, "uint8", exponent, f"{codes}_times_2^{exponent}")
+
+    # -- borders --
+
+    def input(self, entry: Input) -> None:
+        """Add an input and its quantization."""
+        shape = [BATCH, *entry.shape]
+        self.inputs.append(helper.make_tensor_value_info(entry.name, TensorProto.FLOAT, shape))
+        codes = self.eq5(entry.name, entry.type.bits, f"{entry.name}_codes")
+        self.put(entry.name, entry.shape, codes)
+
+    def output(self, name: str, out: Output) -> None:
+        """Add an output and the conversion to it."""
+        form = out.dequantize
+        raw = out.value in self.raw_grids
+        if raw or (form.dtype, form.low) == ("uint8", 0):
+            self.rename(self.codes(out.value, out.shape), name)
+        elif form.dtype == "float32" and len(form.scale) == 1 and form.zero_point == 0:
+            exponent = _exponent(form.scale[0], out.value)
+            self.dequantize(self.codes(out.value, out.shape), "uint8", exponent, name)
+        else:
+            raise UnsupportedError(
+                f"leaves {form}", where=out.value, hint="give codes, or one power of two as scale"
+            )
+        dtype = TensorProto.FLOAT if form.dtype == "float32" else TensorProto.UINT8
+        self.outputs.append(helper.make_tensor_value_info(name, dtype, [BATCH, *out.shape]))
+
+    def rename(self, tensor: str, name: str) -> None:
+        """Let an output be the tensor itself: an Identity would be an operator left to the CPU."""
+        if any(tensor == out.name for out in self.outputs):
+            self.node("Identity", [tensor], name)
+            return
+        for node in self.nodes:
+            node.input[:] = [name if entry == tensor else entry for entry in node.input]
+            node.output[:] = [name if entry == tensor else entry for entry in node.output]
+        for known in self.tensors.values():
+            known.update({shape: name for shape, entry in known.items() if entry == tensor})
+
+    # -- layers --
+
+    def layer(self, layer: Layer) -> None:
+        """Add a layer."""
+        if isinstance(layer, Conv):
+            self.conv(layer)
+        elif isinstance(layer, Pool):
+            self.pool(layer)
+        else:
+            self.sum(layer)
+
+    def conv(self, layer: Conv) -> None:
+        """Add a convolution, or a dense layer where every kernel covers its whole input."""
+        types = self.graph.types
+        grid = self.raw_grids[layer.name] if layer.requant is None else _grid(layer.requant)
+        dense = all(self.covers(term) for term in layer.terms)
+        shape = types[layer.name].shape
+        shape = shape[:1] if dense else shape
+        bias = self.parameter(layer.bias, -grid, f"{layer.name}_bias")
+        parts = []
+        for i, term in enumerate(layer.terms):
+            name = f"{layer.name}_term{i}"
+            source = types[term.input]
+            given = (math.prod(source.shape),) if dense else source.shape
+            data = self.real(term.input, given, -source.bits)
+            codes = term.weight.reshape(len(term.weight), -1) if dense else term.weight
+            weight = self.parameter(codes, term.shift + source.bits - grid, f"{name}_weight")
+            operands = [data, weight, bias] if i == 0 else [data, weight]
+            parts.append(
+                self.node("Gemm", operands, name, transB=1)
+                if dense
+                else self.node("Conv", operands, name, **_window(term))
+            )
+        if layer.residual:
+            parts.append(self.real(layer.residual.input, shape, layer.residual.shift - grid))
+        total = self.total(parts, layer.name)
+        if layer.requant is not None:
+            total = self.eq5(total, layer.requant.bits, f"{layer.name}_codes")
+        self.put(layer.name, shape, total)
+
+    def covers(self, term: ConvTerm) -> bool:
+        """Whether a kernel covers its whole input."""
+        source = self.graph.types[term.input]
+        size = (source.height, source.width)
+        return term.kernel == size and term.groups == 1 and not any(term.padding)
+
+    def total(self, parts: Sequence[str], name: str) -> str:
+        """Add tensors."""
+        total = parts[0]
+        for i, part in enumerate(parts[1:], 1):
+            total = self.node("Add", [total, part], f"{name}_sum{i}")
+        return total
+
+    def pool(self, layer: Pool) -> None:
+        """Add a pool: of codes if it takes their maximum, of real values if their average."""
+        source, shape = self.graph.types[layer.input], self.graph.types[layer.name].shape
+        window = {
+            "kernel_shape": layer.kernel,
+            "strides": layer.stride,
+            "pads": layer.padding,
+        }
+        if layer.requant is None:
+            codes = self.codes(layer.input, source.shape)
+            self.put(layer.name, shape, self.node("MaxPool", [codes], layer.name, **window))
+            return
+        real = self.real(layer.input, source.shape, -_grid(layer.requant))
+        steps = self.steps(real, layer.requant.bits, f"{layer.name}_steps")
+        average = self.node(
+            "AveragePool",
+            [steps],
+            layer.name,
+            count_include_pad=int(layer.count_include_pad),
+            **window,
+        )
+        self.put(layer.name, shape, self.round(average, f"{layer.name}_codes"))
+
+    def sum(self, layer: Add) -> None:
+        """Add the sum of maps, each dequantized by its multiplier's share of the grid."""
+        shape, grid = self.graph.types[layer.name].shape, _grid(layer.requant)
+        parts = [
+            self.real(operand.input, shape, _exponent(operand.multiplier, layer.name) - grid)
+            for operand in layer.operands
+        ]
+        total = self.total(parts, layer.name)
+        codes = self.eq5(total, layer.requant.bits, f"{layer.name}_codes")
+        self.put(layer.name, shape, codes)
+
+
+def _grid(requant: Requant) -> int:
+    return int(requant.shift[0])
+
+
+def _window(term: ConvTerm) -> dict[str, object]:
+    return {
+        "kernel_shape": term.kernel,
+        "strides": term.stride,
+        "pads": term.padding,
+        "dilations": term.dilation,
+        "group": term.groups,
+    }
