@@ -401,8 +401,8 @@ class _Builder:
             shift = grid - self._term_grid(term)
             spread = float(np.abs(probe).max()) * 2**shift
             fit = min(1.0, 2**grid * float(self.rng.uniform(0.7, 3)) / max(spread, 1.0))
-            weight = _shrink(term.weight, fit)
-            fitted.append(attrs.evolve(term, weight=weight, shift=shift))
+            fitted.append(attrs.evolve(term, weight=_shrink(term.weight, fit), shift=shift))
+        fitted = self._bounded(fitted)
         source = self.types[residual].bits if residual else 0
         return self._bare(fitted, Residual(residual, grid - source) if residual else None)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -229,7 +230,7 @@ class _Writer:
 
     # -- pieces --
 
-    def node(self, kind: str, inputs: Sequence[str], result: str, **attributes: object) -> str:
+    def node(self, kind: str, inputs: Sequence[str], result: str, **attributes: Any) -> str:
         """Add a node unless its result is there already."""
         if result not in self.written:
             self.written.add(result)
@@ -297,8 +298,7 @@ class _Writer:
 
     def input(self, entry: Input) -> None:
         """Add an input and its quantization."""
-        shape = [BATCH, *entry.shape]
-        self.inputs.append(helper.make_tensor_value_info(entry.name, TensorProto.FLOAT, shape))
+        self.inputs.append(_declare(entry.name, TensorProto.FLOAT, entry.shape))
         codes = self.eq5(entry.name, entry.type.bits, f"{entry.name}_codes")
         self.put(entry.name, entry.shape, codes)
 
@@ -316,7 +316,7 @@ class _Writer:
                 f"leaves {form}", where=out.value, hint="give codes, or one power of two as scale"
             )
         dtype = TensorProto.FLOAT if form.dtype == "float32" else TensorProto.UINT8
-        self.outputs.append(helper.make_tensor_value_info(name, dtype, [BATCH, *out.shape]))
+        self.outputs.append(_declare(name, dtype, out.shape))
 
     def rename(self, tensor: str, name: str) -> None:
         """Let an output be the tensor itself: an Identity would be an operator left to the CPU."""
@@ -345,8 +345,8 @@ class _Writer:
         types = self.graph.types
         grid = self.raw_grids[layer.name] if layer.requant is None else _grid(layer.requant)
         dense = all(self.covers(term) for term in layer.terms)
-        shape = types[layer.name].shape
-        shape = shape[:1] if dense else shape
+        full = types[layer.name].shape
+        shape: tuple[int, ...] = full[:1] if dense else full
         bias = self.parameter(layer.bias, -grid, f"{layer.name}_bias")
         parts = []
         for i, term in enumerate(layer.terms):
@@ -385,7 +385,7 @@ class _Writer:
     def pool(self, layer: Pool) -> None:
         """Add a pool: of codes if it takes their maximum, of real values if their average."""
         source, shape = self.graph.types[layer.input], self.graph.types[layer.name].shape
-        window = {
+        window: dict[str, Any] = {
             "kernel_shape": layer.kernel,
             "strides": layer.stride,
             "pads": layer.padding,
@@ -417,11 +417,15 @@ class _Writer:
         self.put(layer.name, shape, codes)
 
 
+def _declare(name: str, dtype: int, shape: Sequence[int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, [BATCH, *shape])
+
+
 def _grid(requant: Requant) -> int:
     return int(requant.shift[0])
 
 
-def _window(term: ConvTerm) -> dict[str, object]:
+def _window(term: ConvTerm) -> dict[str, Any]:
     return {
         "kernel_shape": term.kernel,
         "strides": term.stride,

@@ -1,0 +1,63 @@
+"""Options and fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that these tests take."""
+    group = parser.getgroup("mars")
+    group.addoption(
+        "--update-golden", action="store_true", help="write the golden files instead of comparing"
+    )
+    group.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="first seed of the random networks (default 0, so that runs repeat)",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Print what repeats this run's random networks."""
+    return f"mars: random networks from --seed {config.getoption('--seed')}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Number the seeds of tests marked ``@pytest.mark.random(count)``."""
+    marker = metafunc.definition.get_closest_marker("random")
+    if marker is not None:
+        first = metafunc.config.getoption("--seed")
+        metafunc.parametrize("seed", range(first, first + marker.args[0]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
+    config.addinivalue_line("markers", "random(count): run with `count` seeds from --seed on")
+
+
+@pytest.fixture
+def first_seed(request: pytest.FixtureRequest) -> int:
+    """First seed of the random networks of this run."""
+    return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with ``golden/<name>``, or write it under ``--update-golden``."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} is missing: run pytest --update-golden and review it"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare
