@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from mars_runtime.errors import CapacityError, UnsupportedError
 from mars_runtime.quantize import Dequantize, Quantize
+from mars_runtime.rounding import divide_half_even
 from onnx import numpy_helper
 
 from python_tests.random_graphs import random_graph
@@ -112,6 +113,18 @@ def test_average_pools_round_every_sum_exactly(kernel, bits):
     assert np.array_equal(np.rint(x * np.float32(255)).reshape(codes.shape), codes)
     expected = evaluate(graph, {"x0": x})[0]
     np.testing.assert_array_equal(run(to_onnx(graph), {"x0": x})[0], expected)
+
+
+@pytest.mark.parametrize(("bits_in", "bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
+def test_average_of_few_codes_survives_two_roundings(bits_in, bits):
+    """What the export relies on, for every sum of up to 256 codes; 278 would break it."""
+    for count in [*range(1, 257), 278]:
+        sums = np.arange((2**bits_in - 1) * count + 1)
+        average = (sums / 2**bits_in).astype(np.float32) / np.float32(count)
+        codes = np.rint(average * np.float32(2**bits - 1))
+        exact = divide_half_even(sums * (2**bits - 1), count << bits_in)
+        wrong = np.count_nonzero(codes != exact)
+        assert wrong == (1 if (count, bits_in, bits) == (278, 8, 8) else 0), count
 
 
 def test_average_pool_bound():
