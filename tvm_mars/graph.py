@@ -177,7 +177,7 @@ class Conv:
     """
 
     name: str
-    terms: tuple[ConvTerm, ...] = attrs.field(converter=tuple)
+    terms: tuple[ConvTerm, ...] = attrs.field(converter=tuple[ConvTerm, ...])
     bias: IntArray = _array(np.int32)
     requant: Requant | None = None
     residual: Residual | None = None
@@ -232,7 +232,7 @@ class Add:
     """Sum of one or two maps on a common grid, requantized (one operand: a requantization)."""
 
     name: str
-    operands: tuple[Operand, ...] = attrs.field(converter=tuple)
+    operands: tuple[Operand, ...] = attrs.field(converter=tuple[Operand, ...])
     requant: Requant
 
     kind = "add"
@@ -287,9 +287,9 @@ class Graph:
         If a name is unknown or out of order, or shapes, widths or ranges contradict each other.
     """
 
-    inputs: tuple[Input, ...] = attrs.field(converter=tuple)
-    layers: tuple[Layer, ...] = attrs.field(converter=tuple)
-    outputs: tuple[Output, ...] = attrs.field(converter=tuple)
+    inputs: tuple[Input, ...] = attrs.field(converter=tuple[Input, ...])
+    layers: tuple[Layer, ...] = attrs.field(converter=tuple[Layer, ...])
+    outputs: tuple[Output, ...] = attrs.field(converter=tuple[Output, ...])
     types: Mapping[str, MapType] = attrs.field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
