@@ -83,12 +83,13 @@ def _bits(
     signed: bool = False,
     names: Sequence[str] = (),
     limit: int | None = None,
+    least: int | None = None,
 ) -> Any:
     low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if signed else (0, (1 << width) - 1)
     if names:
         high = len(names) - 1
-    if limit is not None:
-        high = limit
+    high = high if limit is None else limit
+    low = low if least is None else least
     metadata = {"width": width, "doc": doc, "low": low, "high": high, "names": tuple(names)}
     return attrs.field(default=default, metadata=metadata)
 
@@ -161,19 +162,20 @@ class Sas(Instruction):
     context: int = _bits(CONTEXTS_BITS, "context that is set")
     bank: int = _bits(_BANK, "bank of the map")
     base: int = _bits(_BASE, "first word of the map")
+    block: int = _bits(_SIZE, "channel block that lies first")
     blocks: int = _bits(_SIZE, "channel blocks")
     height: int = _bits(_SIZE, "rows")
     width: int = _bits(_SIZE, "columns")
     wide: int = _bits(1, "code width", names=("a4", "a8"))
     zero: int = _bits(8, "code of zero")
     shift: int = _bits(_SHIFT, "left shift of this context's products, which aligns grids")
-    stride_y: int = _bits(6, "vertical stride", default=1)
-    stride_x: int = _bits(6, "horizontal stride", default=1)
-    dilation_y: int = _bits(6, "vertical dilation", default=1)
-    dilation_x: int = _bits(6, "horizontal dilation", default=1)
+    stride_y: int = _bits(6, "vertical stride", default=1, least=1)
+    stride_x: int = _bits(6, "horizontal stride", default=1, least=1)
+    dilation_y: int = _bits(6, "vertical dilation", default=1, least=1)
+    dilation_x: int = _bits(6, "horizontal dilation", default=1, least=1)
     origin_y: int = _bits(14, "input row of output row 0, tap row 0", signed=True)
     origin_x: int = _bits(14, "input column of output column 0, tap column 0", signed=True)
-    kernel_width: int = _bits(_SIZE, "columns of the kernel", default=1)
+    kernel_width: int = _bits(_SIZE, "columns of the kernel", default=1, least=1)
 
 
 @attrs.frozen(kw_only=True)
@@ -197,10 +199,11 @@ class Apw(Instruction):
     zero: int = _bits(8, "zero point of the written codes")
     low: int = _bits(8, "smallest code")
     high: int = _bits(8, "largest code")
-    pool_height: int = _bits(6, "rows of the max-pool window", default=1)
-    pool_width: int = _bits(6, "columns of the max-pool window", default=1)
+    pool_height: int = _bits(6, "rows of the max-pool window", default=1, least=1)
+    pool_width: int = _bits(6, "columns of the max-pool window", default=1, least=1)
     bank: int = _bits(_BANK, "bank of the output map")
     base: int = _bits(_BASE, "first word of the output map")
+    block: int = _bits(_SIZE, "channel block that lies first")
     blocks: int = _bits(_SIZE, "channel blocks of the output map")
     height: int = _bits(_SIZE, "rows of the output map")
     width: int = _bits(_SIZE, "columns of the output map")
@@ -234,7 +237,7 @@ class Conv(Instruction):
     partial sum; every group-set is multiplied and added; the result goes through the APW, or is
     stored as a partial sum. Tile sizes are those of the written map, after the APW's pool.
 
-    A core's partial sums lie at ``partial_base + 8 * pixels * k`` words for the k-th masked core.
+    The partial sums of core k lie at ``partial_base + 8 * pixels * k`` words.
     """
 
     opcode = 7
@@ -270,8 +273,8 @@ class Pool(Instruction):
     cores: int = _bits(_MASK, "mask of cores")
     mode: int = _bits(1, "what is computed", names=("max", "average"))
     count_padding: int = _bits(1, "whether padding counts")
-    kernel_height: int = _bits(_SIZE, "rows of the window", default=1)
-    kernel_width: int = _bits(_SIZE, "columns of the window", default=1)
+    kernel_height: int = _bits(_SIZE, "rows of the window", default=1, least=1)
+    kernel_width: int = _bits(_SIZE, "columns of the window", default=1, least=1)
     multiplier: int = _bits(32, "multiplier of the sum", signed=True)
     block: int = _bits(_SIZE, "first channel block")
     blocks: int = _bits(_SIZE, "number of channel blocks")

@@ -549,7 +549,7 @@ class Machine:
             self._book(number, "CONV", start, end, cost)
             latest = max(latest, end)
             if self.images is not None:
-                _ConvTile(self, conv, number, place, start, end).execute(load)
+                _ConvTile(self, conv, number, start, end).execute(load)
         return latest, "cores"
 
     def _pool(self, pool: isa.Pool, waits: Waits) -> tuple[int, str]:
@@ -595,7 +595,7 @@ class Machine:
         self, pool: isa.Pool, core: Core, blocks: Array, start: int, end: int
     ) -> None:
         sas, apw = core.config.context(0), core.config.output
-        source = _MapView(self, sas.bank, sas.base, sas.blocks, sas.height, sas.width, sas.wide)
+        source = _MapView(self, sas)
         average = pool.mode == isa.POOL_AVERAGE
         size = (pool.kernel_height, pool.kernel_width)
         patch, inside = source.window(
@@ -629,7 +629,7 @@ class Machine:
             if number > add.operands:
                 continue
             sas = core.config.context(number)
-            view = _MapView(self, sas.bank, sas.base, sas.blocks, sas.height, sas.width, sas.wide)
+            view = _MapView(self, sas)
             tile = (add.height, add.width)
             patch, _ = view.window(sas, tile, (1, 1), blocks, sas.zero, start, end)
             rows = _steps(0, add.height, sas.stride_y)
@@ -706,36 +706,33 @@ def _write_tile(
     machine: Machine, apw: isa.Apw, at: Any, blocks: Array, codes: Array, start: int, end: int
 ) -> None:
     """Write codes ``[N, block, row, column, 16]`` as POOL and ADD do."""
-    view = _MapView(machine, apw.bank, apw.base, apw.blocks, apw.height, apw.width, apw.wide)
+    view = _MapView(machine, apw)
     for i, block in enumerate(blocks):
         view.write(int(block), at.y, at.x, codes[:, i], start, end)
 
 
 class _MapView:
-    """A map that lies in a bank, by its registers."""
+    """A map that lies in a bank, as a SAS, APW or RESIDUAL setting describes it."""
 
     def __init__(
         self,
         machine: Machine,
-        bank: int,
-        base: int,
-        blocks: int,
-        height: int,
-        width: int,
-        wide: int,
+        setting: isa.Sas | isa.Apw | isa.Residual,
         words: int | None = None,
     ) -> None:
-        self.planes = words or 1 + wide
-        self.shape = (blocks, height, width)
-        size = self.planes * blocks * height * width
-        if base + size > machine.arch.bank_words:
+        self.first = getattr(setting, "block", 0)
+        self.planes = words or 1 + setting.wide
+        self.shape = (setting.blocks, setting.height, setting.width)
+        size = self.planes * setting.blocks * setting.height * setting.width
+        stop = setting.base + size
+        if stop > machine.arch.bank_words:
             raise MemoryAccessError(
-                f"bank {bank} of {machine.arch.bank_words} words addressed at "
-                f"{base}..{base + size - 1}"
+                f"bank {setting.bank} of {machine.arch.bank_words} words addressed at "
+                f"{setting.base}..{stop - 1}"
             )
-        self.span = slice(base, base + size)
-        self.cells = machine.bank_cells[bank]
-        self.data = machine.banks[bank]
+        self.span = slice(setting.base, stop)
+        self.cells = machine.bank_cells[setting.bank]
+        self.data = machine.banks[setting.bank]
 
     def view(self, state: Array) -> Array:
         """Give a state of the cells as ``[plane, block, row, column]``."""
@@ -764,8 +761,11 @@ class _MapView:
 
         Reads are checked for the pixels that the window meets; ``read`` may mark fewer.
         """
-        if len(blocks) and int(blocks.max()) >= self.shape[0]:
-            raise MemoryAccessError(f"channel block {blocks.max()} of {self.shape[0]}")
+        blocks = blocks - self.first
+        if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < self.shape[0]:
+            raise MemoryAccessError(
+                f"channel blocks {blocks.min()}..{blocks.max()} of {self.shape[0]}"
+            )
         y = sas.origin_y + np.arange(
             (tile[0] - 1) * sas.stride_y + (kernel[0] - 1) * sas.dilation_y + 1
         )
@@ -802,19 +802,19 @@ class _MapView:
     ) -> None:
         """Write codes ``[N, row, column, 16]`` of one block."""
         rows, columns = slice(y, y + codes.shape[1]), slice(x, x + codes.shape[2])
-        self.check_tile(block, rows, columns)
-        place = (slice(None), block, rows, columns)
-        self.cells.write(place, start, end, self.view)
+        block = self.check_tile(block, rows, columns)
+        self.cells.write((slice(None), block, rows, columns), start, end, self.view)
         grid = self.data[:, self.span].reshape(
             self.data.shape[0], self.planes, *self.shape, WORD_BYTES
         )
         words = split_nibbles(codes.astype(np.uint8), self.planes)
         grid[:, :, block, rows, columns] = words.swapaxes(0, 1)
 
-    def check_tile(self, block: int, rows: slice, columns: slice) -> None:
-        """Refuse a tile outside the map."""
+    def check_tile(self, block: int, rows: slice, columns: slice) -> int:
+        """Refuse a tile outside the map; give the stored block."""
+        block -= self.first
         if (
-            block >= self.shape[0]
+            not 0 <= block < self.shape[0]
             or rows.stop > self.shape[1]
             or columns.stop > self.shape[2]
         ):
@@ -822,6 +822,7 @@ class _MapView:
                 f"tile of block {block}, rows {rows.start}..{rows.stop - 1}, columns "
                 f"{columns.start}..{columns.stop - 1} of a map of {self.shape}"
             )
+        return block
 
 
 def mark_tap(
@@ -843,7 +844,7 @@ class _ConvTile:
     """The data of one CONV on one core."""
 
     def __init__(
-        self, machine: Machine, conv: isa.Conv, number: int, place: int, start: int, end: int
+        self, machine: Machine, conv: isa.Conv, number: int, start: int, end: int
     ) -> None:
         self.machine, self.conv, self.core = machine, conv, machine.cores[number]
         self.apw = self.core.config.output
@@ -851,7 +852,7 @@ class _ConvTile:
         self.tile = (conv.height * self.apw.pool_height, conv.width * self.apw.pool_width)
         self.images = machine.images or 0
         pixels = self.tile[0] * self.tile[1]
-        self.partial_at = conv.partial_base + timing.RAW_WORDS * pixels * place
+        self.partial_at = conv.partial_base + timing.RAW_WORDS * pixels * number
         self.partial_words = timing.RAW_WORDS * pixels
 
     def execute(self, load: timing.Load) -> None:
@@ -914,9 +915,7 @@ class _ConvTile:
                     r, c = divmod(tap, sas.kernel_width)
                     mark_tap(met, at[block], sas, self.tile, r, c)
 
-            view = _MapView(
-                self.machine, sas.bank, sas.base, sas.blocks, sas.height, sas.width, sas.wide
-            )
+            view = _MapView(self.machine, sas)
             patch, _ = view.window(
                 sas, self.tile, kernel, np.array(blocks), sas.zero, self.start, self.end, mark
             )
@@ -967,24 +966,21 @@ class _ConvTile:
         rows = slice(conv.y, conv.y + conv.height)
         columns = slice(conv.x, conv.x + conv.width)
         words = timing.RAW_WORDS if apw.mode == isa.MODE_RAW else None
-        view = _MapView(
-            self.machine, apw.bank, apw.base, apw.blocks, apw.height, apw.width, apw.wide, words
-        )
-        view.check_tile(block, rows, columns)
-        place = (slice(None), block, rows, columns)
+        view = _MapView(self.machine, apw, words)
+        place = (slice(None), view.check_tile(block, rows, columns), rows, columns)
         residual = self.core.config.residual
         if residual:
             acc = acc + self._residual(residual, block, place, view)
         view.cells.write(place, self.start, self.end, view.view)
         if apw.mode == isa.MODE_RAW:
-            self._write_raw(view, block, rows, columns, acc)
+            self._write_raw(view, place[1], rows, columns, acc)
             return
         codes = max_windows(
             _apw_codes(apw, acc, multiplier, shift), apw.pool_height, apw.pool_width
         )
         grid = view.data[:, view.span].reshape(self.images, view.planes, *view.shape, WORD_BYTES)
         split = split_nibbles(codes.astype(np.uint8), view.planes)
-        grid[:, :, block, rows, columns] = split.swapaxes(0, 1)
+        grid[:, :, place[1], rows, columns] = split.swapaxes(0, 1)
 
     def _write_raw(
         self, view: _MapView, block: int, rows: slice, columns: slice, acc: Array
@@ -997,19 +993,10 @@ class _ConvTile:
         grid[:, block, rows, columns] = flat.reshape(*acc.shape[:3], -1)
 
     def _residual(self, residual: isa.Residual, block: int, written: Any, out: _MapView) -> Array:
-        view = _MapView(
-            self.machine,
-            residual.bank,
-            residual.base,
-            residual.blocks,
-            residual.height,
-            residual.width,
-            residual.wide,
-        )
+        view = _MapView(self.machine, residual)
         rows = slice(residual.y, residual.y + self.tile[0])
         columns = slice(residual.x, residual.x + self.tile[1])
-        view.check_tile(block, rows, columns)
-        place = (slice(None), block, rows, columns)
+        place = (slice(None), view.check_tile(block, rows, columns), rows, columns)
         in_place = (view.cells, view.span, view.shape, place) == (
             out.cells,
             out.span,
@@ -1020,7 +1007,7 @@ class _ConvTile:
             view.cells.check_read(view.view(view.cells.ready)[place], self.start)
         else:
             view.cells.read(place, self.start, self.end, view.view)
-        codes = view.codes(np.array([block]))[:, 0, rows, columns]
+        codes = view.codes(np.array([place[1]]))[:, 0, rows, columns]
         return codes.astype(np.int64) << residual.shift
 
 

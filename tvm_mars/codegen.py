@@ -1,0 +1,955 @@
+"""Code generation: from a graph, its packing and its schedule to instructions and image.
+
+Wait tokens are not scheduled by hand. Every instruction is emitted with the memory ranges that it
+reads and writes; the emitter finds the earlier instructions of other units that it depends on, and
+tokens are allotted to them at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from mars_runtime import isa
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import CapacityError
+from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
+from mars_runtime.packing import (
+    block_parameter_bytes,
+    group_set_bytes,
+    pack_group_sets,
+    pack_parameters,
+)
+from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
+from mars_runtime.timing import RAW_WORDS
+
+from .graph import Add, Conv, Graph, Layer, Pool, layer_macs
+from .pack import PackedBlock, PackedConv
+from .schedule import LayerSchedule, Load, Piece, Place, Schedule, Step, fuse_pools
+from .schedule.loads import segment_bounds
+from .schedule.plan import Window, input_windows
+
+__all__ = ["generate"]
+
+Array = npt.NDArray[Any]
+Lane: TypeAlias = tuple[str, int]
+Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
+
+
+# -- dependencies and tokens -----------------------------------------------------------------------
+
+
+@attrs.define
+class _Emitted:
+    instruction: isa.Instruction
+    layer: int
+    lanes: tuple[Lane, ...]
+    waits: tuple[int, ...]
+
+
+class _Emitter:
+    """Collects instructions and finds what each must wait for."""
+
+    def __init__(self) -> None:
+        self.emitted: list[_Emitted] = []
+        self.layer = 0
+        # memory -> (first, end, lanes, is_write) -> the last instruction with this access
+        self._accesses: dict[object, dict[tuple[int, int, tuple[Lane, ...], bool], int]] = {}
+        # lane -> lanes of another unit -> the last instruction there that the lane has waited for
+        self._waited: dict[Lane, dict[tuple[Lane, ...], int]] = {}
+
+    def emit(
+        self,
+        instruction: isa.Instruction,
+        lanes: tuple[Lane, ...],
+        reads: Iterable[Span] = (),
+        writes: Iterable[Span] = (),
+    ) -> None:
+        """Append an instruction that runs on some lanes and touches some memory."""
+        index = len(self.emitted)
+        found: dict[tuple[Lane, ...], int] = {}
+        marks = [(span, False) for span in reads] + [(span, True) for span in writes]
+        for (memory, first, end), is_write in marks:
+            table = self._accesses.setdefault(memory, {})
+            for (low, high, other, wrote), earlier in table.items():
+                if low < end and first < high and (wrote or is_write):
+                    found[other] = max(found.get(other, -1), earlier)
+        waits = []
+        for other, earlier in found.items():
+            if self._orders(other, earlier, lanes):
+                continue
+            if all(self._waited.get(lane, {}).get(other, -1) >= earlier for lane in lanes):
+                continue
+            waits.append(earlier)
+            for lane in lanes:
+                self._waited.setdefault(lane, {})[other] = earlier
+        for (memory, first, end), is_write in marks:
+            table = self._accesses[memory]
+            if is_write:
+                for key in [key for key in table if first <= key[0] and key[1] <= end]:
+                    if table[key] != index:
+                        del table[key]
+            table[first, end, lanes, is_write] = index
+        self.emitted.append(_Emitted(instruction, self.layer, lanes, tuple(sorted(waits))))
+
+    def _orders(self, other: tuple[Lane, ...], earlier: int, lanes: tuple[Lane, ...]) -> bool:
+        """Tell whether an earlier instruction precedes one on these lanes without a token."""
+        if other == lanes and len(lanes) == 1:
+            return True  # a unit executes its queue in order
+        # Within a layer each core writes blocks of its own and reads none that another writes.
+        compute = other[0][0] == lanes[0][0] == "compute"
+        return compute and self.emitted[earlier].layer == self.layer
+
+    def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
+        """Allot tokens; give the instructions and each one's layer."""
+        last_wait: dict[int, int] = {}
+        for index, entry in enumerate(self.emitted):
+            for earlier in entry.waits:
+                last_wait[earlier] = index
+        instructions: list[isa.Instruction] = []
+        layers: list[int] = []
+        token_of: dict[int, int] = {}
+        for index, entry in enumerate(self.emitted):
+            mask = 0
+            for earlier in entry.waits:
+                mask |= 1 << token_of[earlier]
+            token_of = {e: token for e, token in token_of.items() if last_wait[e] > index}
+            signal = 0
+            if index in last_wait:
+                free = _free_token(token_of.values())
+                if free is None:
+                    # All tokens are in use: one SYNC waits for them and stands in for all.
+                    joined = sum(1 << token for token in set(token_of.values()))
+                    token = next(iter(token_of.values()))
+                    instructions.append(isa.Sync(wait=joined, signal=token + 1))
+                    layers.append(entry.layer)
+                    token_of = dict.fromkeys(token_of, token)
+                    free = _free_token(token_of.values())
+                    assert free is not None
+                token_of[index] = free
+                signal = free + 1
+            instructions.append(attrs.evolve(entry.instruction, wait=mask, signal=signal))
+            layers.append(entry.layer)
+        return tuple(instructions), layers
+
+
+def _free_token(used: Iterable[int]) -> int | None:
+    taken = set(used)
+    return next((token for token in range(isa.TOKENS) if token not in taken), None)
+
+
+# -- the off-chip image ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _CoreImage:
+    """Where one core's part of a load lies off-chip, in bytes."""
+
+    index: int
+    index_bytes: int
+    descriptor_bytes: int
+    parameters: int
+    parameter_bytes: int
+    weights: int
+    group_sets: int
+
+
+class _Image:
+    """The off-chip image: tables (index codes, descriptors, parameters) first, then weights."""
+
+    def __init__(self) -> None:
+        self.tables: list[bytes] = []
+        self.weights: list[bytes] = []
+        self.table_bytes = self.weight_bytes = 0
+
+    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> dict[int, Any]:
+        """Add a load's data; weight addresses count from the end of the tables."""
+        cores = {}
+        for core in load.active:
+            pieces = load.cores[core]
+            descriptor, codes = _index_words(packed, pieces)
+            parameters = _parameters(packed, pieces)
+            group_sets = load.group_sets(core)
+            cores[core] = _CoreImage(
+                self.table_bytes,
+                len(descriptor) + len(codes),
+                len(descriptor),
+                self.table_bytes + len(descriptor) + len(codes),
+                len(parameters),
+                self.weight_bytes,
+                group_sets,
+            )
+            self.tables += [descriptor, codes, parameters]
+            self.table_bytes += len(descriptor) + len(codes) + len(parameters)
+            self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
+            if with_weights:
+                self.weights += [
+                    pack_group_sets(
+                        packed.blocks[piece.block].weights[piece.start : piece.stop],
+                        packed.weight_bits,
+                    ).tobytes()
+                    for piece in pieces
+                    if piece.group_sets
+                ]
+        return cores
+
+
+def _parameters(packed: PackedConv, pieces: Sequence[Piece]) -> bytes:
+    blocks = [piece.block for piece in pieces]
+    multiplier = None if packed.multiplier is None else packed.multiplier[blocks]
+    shift = None if packed.shift is None else packed.shift[blocks]
+    return pack_parameters(packed.bias[blocks], multiplier, shift).tobytes()
+
+
+def _index_words(packed: PackedConv, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
+    """Give the load descriptor and the index codes of one core's pieces."""
+    segments, codes = [], []
+    for number, piece in enumerate(pieces):
+        block = packed.blocks[piece.block]
+        bounds = segment_bounds(block, piece.start, piece.stop)
+        for place, (start, stop) in enumerate(bounds):
+            is_last_of_piece = place == len(bounds) - 1
+            segments.append(
+                _segment(
+                    block,
+                    start,
+                    stop,
+                    out_block=piece.block,
+                    first=piece.first and place == 0,
+                    last=piece.last and is_last_of_piece,
+                    end=number == len(pieces) - 1 and is_last_of_piece,
+                )
+            )
+            codes.append(_index_codes(block, start, stop))
+    descriptor = b"".join(
+        isa.pack_word(segment).to_bytes(isa.SEGMENT_BYTES, "little") for segment in segments
+    )
+    return descriptor, b"".join(codes)
+
+
+def _segment(
+    block: PackedBlock, start: int, stop: int, *, out_block: int, first: bool, last: bool, end: bool
+) -> isa.Segment:
+    empty = start == stop
+    return isa.Segment(
+        out_block=out_block,
+        block_base=0 if empty else int(block.inputs[start]) // isa.BLOCKS_PER_SEGMENT,
+        tap_base=0 if empty else int(block.taps[start]) // isa.TAPS_PER_SEGMENT,
+        context=0 if empty else int(block.terms[start]),
+        empty=int(empty),
+        first=int(first),
+        last=int(last),
+        end=int(end),
+    )
+
+
+def _index_codes(block: PackedBlock, start: int, stop: int) -> bytes:
+    if start == stop:
+        return b""
+    taps = block.taps[start:stop] % isa.TAPS_PER_SEGMENT
+    inputs = block.inputs[start:stop] % isa.BLOCKS_PER_SEGMENT
+    # The words of a segment differ in tap, block and the first bit alone.
+    common = isa.pack_word(isa.IndexCode(count=(stop - start) % isa.GROUP_SETS_PER_SEGMENT))
+    tap_unit = isa.pack_word(isa.IndexCode(tap=1))
+    words = common + taps * tap_unit + inputs
+    words[0] += isa.pack_word(isa.IndexCode(first=1))
+    return bytes(words.astype("<u2").tobytes())
+
+
+# -- instructions ----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Source:
+    """Where a tile's input lies in a bank: the map or the staged part of it."""
+
+    place: Place
+    type: MapType
+    block: int
+    blocks: int
+    height: int
+    width: int
+    origin: tuple[int, int]
+
+    @property
+    def span(self) -> Span:
+        """Words that it occupies."""
+        size = self.type.planes * self.blocks * self.height * self.width
+        return (("bank", self.place.bank), self.place.base, self.place.base + size)
+
+
+class _Generator:
+    def __init__(
+        self,
+        graph: Graph,
+        arch: MarsArch,
+        packed: Mapping[str, PackedConv],
+        schedule: Schedule,
+        with_weights: bool,
+    ) -> None:
+        self.graph, self.arch, self.packed, self.schedule = graph, arch, packed, schedule
+        self.types = graph.types
+        self.out = _Emitter()
+        self.image = _Image()
+        self.steps = fuse_pools(graph)
+        self.loads: dict[str, list[dict[int, _CoreImage]]] = {
+            entry.layer: [
+                self.image.add_load(packed[entry.layer], load, with_weights)
+                for load in entry.loads
+            ]
+            for entry in schedule.layers
+        }
+        self.image_bytes = self.image.table_bytes + self.image.weight_bytes
+        self.next_word = -(-self.image_bytes // WORD_BYTES)
+        self.addresses: dict[str, int] = {}
+        self.rings: dict[tuple[str, int], int] = {}
+        self.settings: dict[tuple[int, object], isa.Instruction] = {}
+        self.staged: dict[Place, tuple[str, Window]] = {}
+
+    def region(
+        self, input_names: Sequence[str], output_names: Sequence[str], network: str
+    ) -> Region:
+        for entry in self.graph.inputs:
+            self._address(entry.name)
+        for number, (step, schedule) in enumerate(
+            zip(self.steps, self.schedule.layers, strict=True)
+        ):
+            self.out.layer = number
+            self._layer(step, schedule)
+        outputs = tuple(
+            OutputPort(
+                name,
+                self.types[out.value],
+                tuple(out.shape),
+                self._address(out.value),
+                out.dequantize,
+            )
+            for name, out in zip(output_names, self.graph.outputs, strict=True)
+        )
+        inputs = tuple(
+            InputPort(name, entry.type, tuple(entry.shape), self._address(entry.name), entry.quantize)
+            for name, entry in zip(input_names, self.graph.inputs, strict=True)
+        )
+        if self.next_word * WORD_BYTES > self.arch.offchip_bytes:
+            raise CapacityError(
+                "weights and maps do not fit off-chip memory",
+                op="network",
+                need=self.next_word * WORD_BYTES,
+                have=self.arch.offchip_bytes,
+                unit="bytes",
+                hint="raise offchip_bytes",
+            )
+        self.out.emit(isa.Halt(), (("controller", 0),))
+        instructions, layer_of = self.out.finish()
+        return Region(
+            inputs,
+            outputs,
+            self._layer_table(layer_of),
+            isa.encode_all(instructions),
+            b"".join([*self.image.tables, *self.image.weights]),
+            self.image_bytes,
+            self.next_word,
+            network,
+        )
+
+    def _layer_table(self, layer_of: Sequence[int]) -> tuple[LayerInfo, ...]:
+        ends = np.searchsorted(layer_of, np.arange(len(self.steps)), side="right")
+        table = []
+        start = 0
+        for step, end in zip(self.steps, ends, strict=True):
+            layer = step.layer
+            packed = self.packed.get(layer.name)
+            table.append(
+                LayerInfo(
+                    layer.name if not step.pool else f"{layer.name}+{step.pool.name}",
+                    layer.kind,
+                    start,
+                    int(end),
+                    layer_macs(layer, self.types),
+                    packed.group_sets if packed else 0,
+                    packed.dense_group_sets if packed else 0,
+                )
+            )
+            start = int(end)
+        return tuple(table)
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _address(self, value: str) -> int:
+        """Give the first off-chip word of a value's map, allotting it on first use."""
+        if value not in self.addresses:
+            self.addresses[value] = self._allot(self.types[value].words)
+        return self.addresses[value]
+
+    def _allot(self, words: int) -> int:
+        at = self.next_word
+        self.next_word += words
+        return at
+
+    def _ring(self, memory: str, core: int, length: int, size: int) -> int:
+        """Give the next bytes of a core's SRAM, from the start again when the end is reached."""
+        at = self.rings.get((memory, core), 0)
+        if at + length > size:
+            at = 0
+        self.rings[memory, core] = at + length
+        return at
+
+    def _move(
+        self,
+        direction: int,
+        value: str,
+        window: Window,
+        place: Place,
+        block: int,
+        blocks: int,
+    ) -> None:
+        """Move part of a map: all nibble planes of some channel blocks of a window."""
+        kind = self.types[value]
+        # A pixel of accumulators is a row of eight words instead of planes.
+        depth = RAW_WORDS if kind.bits == RAW_BITS else 1
+        planes = kind.planes // depth
+        plane = window.height * window.width * depth
+        offchip_plane = kind.height * kind.width * depth
+        at = self._address(value) + (window.y * kind.width + window.x) * depth
+        runs = [(0, planes * kind.blocks)]
+        if blocks != kind.blocks:
+            runs = [(p * kind.blocks + block, blocks) for p in range(planes)]
+        for number, (first, count) in enumerate(runs):
+            base = place.base + number * blocks * plane
+            bank_span: Span = (("bank", place.bank), base, base + count * plane)
+            address = at + first * offchip_plane
+            end = address + (count - 1) * offchip_plane + (window.height - 1) * kind.width * depth
+            offchip_span: Span = ("offchip", address, end + window.width * depth)
+            inward = direction == isa.MOVE_IN
+            self.out.emit(
+                isa.Move(
+                    direction=direction,
+                    bank=place.bank,
+                    base=base,
+                    pitch=window.width * depth,
+                    plane=plane,
+                    address=address,
+                    offchip_pitch=kind.width * depth,
+                    offchip_plane=offchip_plane,
+                    words=window.width * depth,
+                    rows=window.height,
+                    planes=count,
+                ),
+                (("dma", 0),),
+                reads=[offchip_span if inward else bank_span],
+                writes=[bank_span if inward else offchip_span],
+            )
+
+    # -- a layer ---------------------------------------------------------------------------------
+
+    def _layer(self, step: Step, schedule: LayerSchedule) -> None:
+        self.staged.clear()
+        if isinstance(step.layer, Conv):
+            self._conv_layer(step, step.layer, schedule)
+        else:
+            self._apw_layer(step, step.layer, schedule)
+        if schedule.copy_out:
+            kind = self.types[step.output]
+            whole = Window(0, 0, kind.height, kind.width, (0, 0))
+            self._move(isa.MOVE_OUT, step.output, whole, schedule.place, 0, kind.blocks)
+
+    def _sources(
+        self,
+        step: Step,
+        schedule: LayerSchedule,
+        tile: tuple[int, int, int, int],
+        block: int,
+        blocks: int | None,
+    ) -> list[_Source]:
+        """Move a tile's staged inputs in, and say where each input lies."""
+        sources = []
+        windows = input_windows(step, self.types, tile)
+        for name, window, place, staged in zip(
+            step.layer.inputs, windows, schedule.inputs, schedule.staged, strict=True
+        ):
+            kind = self.types[name]
+            if not staged:
+                origin = (window.origin[0] + window.y, window.origin[1] + window.x)
+                sources.append(
+                    _Source(place, kind, 0, kind.blocks, kind.height, kind.width, origin)
+                )
+                continue
+            count = kind.blocks if blocks is None else blocks
+            # A residual in the output's place is overwritten; anything else may still lie there.
+            shared = schedule.output_staged and place == schedule.place
+            if shared or self.staged.get(place) != (name, window) or blocks is not None:
+                self._move(isa.MOVE_IN, name, window, place, block, count)
+                self.staged[place] = (name, window)
+            sources.append(
+                _Source(place, kind, block, count, window.height, window.width, window.origin)
+            )
+        return sources
+
+    def _set(self, cores: Sequence[int], key: object, setting: isa.Instruction) -> None:
+        """Emit a register setting for the cores that do not have it already."""
+        changed = [core for core in cores if self.settings.get((core, key)) != setting]
+        if not changed:
+            return
+        for core in changed:
+            self.settings[core, key] = setting
+        instruction = attrs.evolve(setting, cores=_mask(changed))  # type: ignore[call-arg]
+        self.out.emit(instruction, tuple(("compute", core) for core in changed))
+
+    def _sas(
+        self,
+        cores: Sequence[int],
+        context: int,
+        source: _Source,
+        stride: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        kernel_width: int = 1,
+        shift: int = 0,
+    ) -> None:
+        setting = isa.Sas(
+            context=context,
+            bank=source.place.bank,
+            base=source.place.base,
+            block=source.block,
+            blocks=source.blocks,
+            height=source.height,
+            width=source.width,
+            wide=int(source.type.bits == 8),
+            zero=source.type.zero_point,
+            shift=shift,
+            stride_y=stride[0],
+            stride_x=stride[1],
+            dilation_y=dilation[0],
+            dilation_x=dilation[1],
+            origin_y=source.origin[0],
+            origin_x=source.origin[1],
+            kernel_width=kernel_width,
+        )
+        self._set(cores, ("sas", context), setting)
+
+    def _apw(self, cores: Sequence[int], setting: isa.Apw, residual: isa.Residual | None) -> None:
+        """Set the APW and its residual; an APW setting clears the residual."""
+        key = ("apw", setting, residual)
+        stale = [core for core in cores if self.settings.get((core, "apw")) != key]
+        if not stale:
+            return
+        for core in stale:
+            self.settings[core, "apw"] = key  # type: ignore[assignment]
+        lanes = tuple(("compute", core) for core in stale)
+        self.out.emit(attrs.evolve(setting, cores=_mask(stale)), lanes)
+        if residual:
+            self.out.emit(attrs.evolve(residual, cores=_mask(stale)), lanes)
+
+    def _target(
+        self, step: Step, schedule: LayerSchedule, tile: Sequence[int], block: int, blocks: int
+    ) -> tuple[dict[str, int], tuple[int, int], Span]:
+        """Give the output's place as APW fields, the tile's position in it, and its words."""
+        kind = self.types[step.output]
+        if schedule.output_staged:
+            height, width, at = tile[2], tile[3], (0, 0)
+        else:
+            height, width, at = kind.height, kind.width, (tile[0], tile[1])
+            block, blocks = 0, kind.blocks
+        place = schedule.place
+        size = kind.planes * blocks * height * width
+        fields = {
+            "bank": place.bank,
+            "base": place.base,
+            "block": block,
+            "blocks": blocks,
+            "height": height,
+            "width": width,
+            "wide": int(kind.bits == 8),
+        }
+        return fields, at, (("bank", place.bank), place.base, place.base + size)
+
+    # -- convolution -----------------------------------------------------------------------------
+
+    def _conv_layer(self, step: Step, layer: Conv, schedule: LayerSchedule) -> None:
+        tiles = list(schedule.tiles(self.types[step.output]))
+        partial_base = 0
+        if schedule.partial == "bank":
+            assert schedule.partial_place is not None
+            partial_base = schedule.partial_place.base
+        partial_words = self._partial_words(step, schedule)
+        if schedule.partial == "offchip":
+            partial_base = self._allot(partial_words * len(tiles))
+        if schedule.order == "loads":
+            for number in range(len(schedule.loads)):
+                self._load(schedule, number)
+                for i, tile in enumerate(tiles):
+                    base = partial_base + (
+                        i * partial_words if schedule.partial == "offchip" else 0
+                    )
+                    self._conv_tile(step, layer, schedule, tile, number, base)
+            return
+        for i, tile in enumerate(tiles):
+            base = partial_base + (i * partial_words if schedule.partial == "offchip" else 0)
+            for number in range(len(schedule.loads)):
+                self._load(schedule, number)
+                self._conv_tile(step, layer, schedule, tile, number, base)
+
+    def _partial_words(self, step: Step, schedule: LayerSchedule) -> int:
+        ph, pw = step.pooling
+        return self.arch.cores * RAW_WORDS * schedule.tile[0] * ph * schedule.tile[1] * pw
+
+    def _load(self, schedule: LayerSchedule, number: int) -> None:
+        """Fetch a load's tables and weights and fill the arrays, the two hops in chunks."""
+        arch, weight_bits = self.arch, self.packed[schedule.layer].weight_bits
+        cores = self.loads[schedule.layer][number]
+        filling = [core for core, part in cores.items() if part.group_sets]
+        if filling:
+            lanes = tuple(("load", core) for core in filling)
+            self.out.emit(isa.Prepare(cores=_mask(filling)), lanes)
+        self.tables: dict[int, tuple[int, int]] = {}
+        for core, part in cores.items():
+            self.tables[core] = (
+                self._fetch(
+                    core, isa.MEMORY_INDEX, part.index, part.index_bytes, arch.index_sram_bits
+                ),
+                self._fetch(
+                    core,
+                    isa.MEMORY_PARAMETER,
+                    part.parameters,
+                    part.parameter_bytes,
+                    arch.parameter_sram_bits,
+                ),
+            )
+        size = group_set_bytes(weight_bits)
+        chunk = min(schedule.fetch_chunk, arch.weight_sram_bits // 8 // size)
+        most = max((cores[core].group_sets for core in filling), default=0)
+        for start in range(0, most, chunk):
+            for core in filling:
+                count = min(chunk, cores[core].group_sets - start)
+                if count <= 0:
+                    continue
+                source = self.image.table_bytes + cores[core].weights + start * size
+                at = self._fetch(
+                    core, isa.MEMORY_WEIGHT, source, count * size, arch.weight_sram_bits
+                )
+                self.out.emit(
+                    isa.Fill(
+                        core=core,
+                        source=at,
+                        slot=start,
+                        count=count,
+                        weight_bits=int(weight_bits == 8),
+                    ),
+                    (("load", core),),
+                    reads=[(("sram", isa.MEMORY_WEIGHT, core), at, at + count * size)],
+                    writes=[(("slots", core), start, start + count)],
+                )
+
+    def _fetch(self, core: int, memory: int, source: int, length: int, sram_bits: int) -> int:
+        at = self._ring(str(memory), core, length, sram_bits // 8)
+        self.out.emit(
+            isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
+            (("dma", 0),),
+            writes=[(("sram", memory, core), at, at + length)],
+        )
+        return at
+
+    def _conv_tile(
+        self,
+        step: Step,
+        layer: Conv,
+        schedule: LayerSchedule,
+        tile: tuple[int, int, int, int],
+        number: int,
+        partial_base: int,
+    ) -> None:
+        load = schedule.loads[number]
+        cores = load.active
+        kind = self.types[step.output]
+        sources = self._sources(step, schedule, tile, 0, None)
+        for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False)):
+            self._sas(
+                cores,
+                context,
+                source,
+                term.stride,
+                term.dilation,
+                term.kernel[1],
+                term.shift,
+            )
+        target, (y, x), out_span = self._target(step, schedule, tile, 0, kind.blocks)
+        residual = self._residual(step, layer, schedule, tile, sources)
+        self._apw(cores, self._conv_apw(step, layer, target), residual)
+        partial = schedule.partial_place or Place(0, 0)
+        parts = self.loads[schedule.layer][number]
+        reads: list[Span] = [source.span for source in sources]
+        writes = [out_span]
+        if load.splits:
+            memory = "offchip" if schedule.partial == "offchip" else ("bank", partial.bank)
+            words = self._partial_words(step, schedule)
+            writes.append((memory, partial_base, partial_base + words))
+        for core in cores:
+            index, parameters = self.tables[core]
+            part = parts[core]
+            reads += [
+                (("sram", isa.MEMORY_INDEX, core), index, index + part.index_bytes),
+                (
+                    ("sram", isa.MEMORY_PARAMETER, core),
+                    parameters,
+                    parameters + part.parameter_bytes,
+                ),
+                (("slots", core), 0, part.group_sets),
+            ]
+        for group in self._by_tables(cores, parts):
+            index, parameters = self.tables[group[0]]
+            self.out.emit(
+                isa.Conv(
+                    cores=_mask(group),
+                    descriptor=index,
+                    codes=index + parts[group[0]].descriptor_bytes,
+                    parameters=parameters,
+                    y=y,
+                    x=x,
+                    height=tile[2],
+                    width=tile[3],
+                    partial=int(load.splits and schedule.partial == "offchip"),
+                    partial_bank=partial.bank if load.splits else 0,
+                    partial_base=partial_base if load.splits else 0,
+                ),
+                tuple(("compute", core) for core in group),
+                [span for span in reads if not _of_other_core(span, group)],
+                writes,
+            )
+        if schedule.output_staged:
+            self._move_finished(step, schedule, tile, load, number)
+
+    def _by_tables(
+        self, cores: Sequence[int], parts: Mapping[int, _CoreImage]
+    ) -> list[tuple[int, ...]]:
+        """Group cores whose tables lie at the same addresses: one CONV serves them."""
+        groups: dict[object, list[int]] = {}
+        for core in cores:
+            key = (self.tables[core], parts[core].descriptor_bytes)
+            groups.setdefault(key, []).append(core)
+        return [tuple(group) for group in groups.values()]
+
+    def _move_finished(
+        self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load, number: int
+    ) -> None:
+        """Move out what is finished: the whole tile after its last load, or this load's blocks."""
+        kind = self.types[step.output]
+        window = Window(tile[0], tile[1], tile[2], tile[3], (0, 0))
+        if schedule.order == "tiles" or len(schedule.loads) == 1:
+            if number == len(schedule.loads) - 1:
+                self._move(isa.MOVE_OUT, step.output, window, schedule.place, 0, kind.blocks)
+            return
+        depth = RAW_WORDS if kind.bits == RAW_BITS else 1
+        plane = tile[2] * tile[3] * depth
+        finished = sorted(
+            piece.block for pieces in load.cores for piece in pieces if piece.last
+        )
+        for first, count in _runs(finished):
+            for p in range(kind.planes // depth):
+                self._move_plane(step.output, window, schedule.place, p, first, count, plane)
+
+    def _move_plane(
+        self, value: str, window: Window, place: Place, p: int, first: int, count: int, plane: int
+    ) -> None:
+        """Move out some blocks of one nibble plane of a fully staged tile."""
+        kind = self.types[value]
+        depth = RAW_WORDS if kind.bits == RAW_BITS else 1
+        at = p * kind.blocks + first
+        offchip_plane = kind.height * kind.width * depth
+        base = place.base + at * plane
+        address = (
+            self._address(value)
+            + at * offchip_plane
+            + (window.y * kind.width + window.x) * depth
+        )
+        end = address + (count - 1) * offchip_plane + (window.height - 1) * kind.width * depth
+        self.out.emit(
+            isa.Move(
+                direction=isa.MOVE_OUT,
+                bank=place.bank,
+                base=base,
+                pitch=window.width * depth,
+                plane=plane,
+                address=address,
+                offchip_pitch=kind.width * depth,
+                offchip_plane=offchip_plane,
+                words=window.width * depth,
+                rows=window.height,
+                planes=count,
+            ),
+            (("dma", 0),),
+            reads=[(("bank", place.bank), base, base + count * plane)],
+            writes=[("offchip", address, end + window.width * depth)],
+        )
+
+    def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> isa.Apw:
+        requant = layer.requant
+        ph, pw = step.pooling
+        if requant is None:
+            return isa.Apw(mode=isa.MODE_RAW, **target)
+        native = requant.native
+        return isa.Apw(
+            mode=isa.MODE_SHIFT if native else isa.MODE_MULTIPLIER,
+            shift=int(requant.shift[0]) if native else 0,
+            zero=requant.zero_point,
+            low=requant.low,
+            high=requant.high,
+            pool_height=ph,
+            pool_width=pw,
+            **target,
+        )
+
+    def _residual(
+        self,
+        step: Step,
+        layer: Conv,
+        schedule: LayerSchedule,
+        tile: Sequence[int],
+        sources: Sequence[_Source],
+    ) -> isa.Residual | None:
+        if layer.residual is None:
+            return None
+        source = sources[-1]
+        staged = schedule.staged[-1]
+        ph, pw = step.pooling
+        return isa.Residual(
+            bank=source.place.bank,
+            base=source.place.base,
+            blocks=source.blocks,
+            height=source.height,
+            width=source.width,
+            wide=int(source.type.bits == 8),
+            shift=layer.residual.shift,
+            y=0 if staged else tile[0] * ph,
+            x=0 if staged else tile[1] * pw,
+        )
+
+    # -- pools and additions ---------------------------------------------------------------------
+
+    def _apw_layer(self, step: Step, layer: Pool | Add, schedule: LayerSchedule) -> None:
+        kind = self.types[step.output]
+        for block in range(0, kind.blocks, schedule.block_tile):
+            blocks = min(schedule.block_tile, kind.blocks - block)
+            for tile in schedule.tiles(kind):
+                self._apw_tile(step, layer, schedule, tile, block, blocks)
+
+    def _apw_tile(
+        self,
+        step: Step,
+        layer: Pool | Add,
+        schedule: LayerSchedule,
+        tile: tuple[int, int, int, int],
+        block: int,
+        blocks: int,
+    ) -> None:
+        sources = self._sources(step, schedule, tile, block, blocks)
+        cores = tuple(range(min(self.arch.cores, blocks)))
+        for context, source in enumerate(sources):
+            if isinstance(layer, Pool):
+                self._sas(cores, context, source, layer.stride, kernel_width=layer.kernel[1])
+            else:
+                self._sas(cores, context, source)
+        target, (y, x), out_span = self._target(step, schedule, tile, block, blocks)
+        requant = layer.requant
+        fields = dict(target)
+        if requant is not None:
+            fields |= {
+                "shift": int(requant.shift[0]),
+                "zero": requant.zero_point,
+                "low": requant.low,
+                "high": requant.high,
+            }
+        self._apw(cores, isa.Apw(**fields), None)
+        shape = {
+            "cores": _mask(cores),
+            "block": block,
+            "blocks": blocks,
+            "y": y,
+            "x": x,
+            "height": tile[2],
+            "width": tile[3],
+        }
+        multiplier = int(requant.multiplier[0]) if requant is not None else 0
+        instruction: isa.Instruction
+        if isinstance(layer, Pool):
+            instruction = isa.Pool(
+                mode=isa.POOL_AVERAGE if layer.mode == "avg" else isa.POOL_MAX,
+                count_padding=int(layer.count_include_pad),
+                kernel_height=layer.kernel[0],
+                kernel_width=layer.kernel[1],
+                multiplier=multiplier,
+                **shape,
+            )
+        else:
+            factors = [operand.multiplier for operand in layer.operands]
+            instruction = isa.Add(
+                operands=len(factors) - 1,
+                multiplier_a=factors[0],
+                multiplier_b=factors[1] if len(factors) > 1 else 0,
+                multiplier=multiplier,
+                **shape,
+            )
+        self.out.emit(
+            instruction,
+            tuple(("compute", core) for core in cores),
+            [source.span for source in sources],
+            [out_span],
+        )
+        if schedule.output_staged:
+            window = Window(tile[0], tile[1], tile[2], tile[3], (0, 0))
+            self._move(isa.MOVE_OUT, step.output, window, schedule.place, block, blocks)
+
+
+def _mask(cores: Iterable[int]) -> int:
+    return sum(1 << core for core in cores)
+
+
+def _of_other_core(span: Span, cores: Sequence[int]) -> bool:
+    memory = span[0]
+    return (
+        isinstance(memory, tuple) and memory[0] in ("sram", "slots") and memory[-1] not in cores
+    )
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Give consecutive numbers as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def generate(
+    graph: Graph,
+    arch: MarsArch,
+    packed: Mapping[str, PackedConv],
+    schedule: Schedule,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    network: str = "",
+    with_weights: bool = True,
+) -> Region:
+    """Generate a region's instructions and off-chip image.
+
+    Parameters
+    ----------
+    input_names, output_names : sequences of str
+        The model's names of the region's ports.
+    network : str
+        Description of the network that the region carries along.
+    with_weights : bool
+        Without, the region has a timeline but cannot run.
+
+    Raises
+    ------
+    CapacityError
+        If the image and the spilled maps exceed off-chip memory.
+    """
+    generator = _Generator(graph, arch, packed, schedule, with_weights)
+    return generator.region(input_names, output_names, network)

@@ -1,0 +1,124 @@
+"""Which kernel blocks go to which core, and into which filling of its array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mars_runtime import isa
+from mars_runtime.arch import MarsArch
+from mars_runtime.packing import block_parameter_bytes
+
+from ..pack import PackedBlock, PackedConv
+from .types import Load, Piece
+
+__all__ = ["make_loads", "segment_bounds"]
+
+
+def segment_bounds(block: PackedBlock, start: int, stop: int) -> list[tuple[int, int]]:
+    """Cut group-sets ``start .. stop`` of a block into segments (see :class:`isa.Segment`)."""
+    if start == stop:
+        return [(start, stop)]
+    keys = block.segment_keys()[start:stop]
+    changes = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1 + start
+    bounds = [start, *(int(change) for change in changes), stop]
+    return [
+        (at, min(at + isa.GROUP_SETS_PER_SEGMENT, end))
+        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for at in range(begin, end, isa.GROUP_SETS_PER_SEGMENT)
+    ]
+
+
+class _Room:
+    """What is left of one load on one core: macro slots, index SRAM, parameter SRAM."""
+
+    def __init__(self, packed: PackedConv, arch: MarsArch) -> None:
+        self.packed = packed
+        self.slots = arch.slots(packed.weight_bits)
+        self.index = arch.index_sram_bits // 8
+        self.parameters = arch.parameter_sram_bits // 8
+        self.record = block_parameter_bytes(packed.multiplier is not None)
+        self.pieces: list[Piece] = []
+
+    def largest(self, block: int, start: int) -> int | None:
+        """Give how far (exclusive) a block's group-sets from ``start`` on fit; None for nothing.
+
+        An empty block needs a segment and its parameters, too.
+        """
+        total = self.packed.blocks[block].group_sets
+        stop = min(total, start + self.slots)
+        if self.parameters < self.record:
+            return None
+        while True:
+            need = self._index_bytes(block, start, stop)
+            if need <= self.index:
+                return stop if stop > start or total == 0 else None
+            stop -= max(1, (need - self.index) // isa.CODE_BYTES)
+            if stop <= start:
+                return None
+
+    def _index_bytes(self, block: int, start: int, stop: int) -> int:
+        segments = len(segment_bounds(self.packed.blocks[block], start, stop))
+        return (stop - start) * isa.CODE_BYTES + segments * isa.SEGMENT_BYTES
+
+    def put(self, block: int, start: int, stop: int) -> None:
+        """Take the room of a piece."""
+        total = self.packed.blocks[block].group_sets
+        self.slots -= stop - start
+        self.index -= self._index_bytes(block, start, stop)
+        self.parameters -= self.record
+        self.pieces.append(Piece(block, start, stop, total))
+
+
+def make_loads(packed: PackedConv, arch: MarsArch, accesses: Sequence[int]) -> tuple[Load, ...]:
+    """Share out kernel blocks and cut them into loads.
+
+    Blocks go, heaviest first, to the core with the least work. On a core, blocks that do not fit
+    one array come first, back to back over as many loads as they need (each continues the partial
+    sum of the one before); the others each go whole into the first load that has room.
+
+    Parameters
+    ----------
+    accesses : sequence of int
+        Macro accesses per group-set and pixel, for each term of the layer.
+    """
+    weight = np.asarray(accesses)
+    costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
+    order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
+    work = [0] * arch.cores
+    dealt: list[list[int]] = [[] for _ in work]
+    for block in order:
+        core = work.index(min(work))
+        work[core] += costs[block]
+        dealt[core].append(block)
+    filled = [_fill_core(packed, arch, blocks) for blocks in dealt]
+    count = max(len(loads) for loads in filled)
+    return tuple(
+        Load(tuple(tuple(loads[i].pieces) if i < len(loads) else () for loads in filled))
+        for i in range(count)
+    )
+
+
+def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int]) -> list[_Room]:
+    capacity = arch.slots(packed.weight_bits)
+    rooms = [_Room(packed, arch)]
+    for block in blocks:
+        total = packed.blocks[block].group_sets
+        if total <= capacity:
+            room = next((room for room in rooms if room.largest(block, 0) == total), None)
+            if room is None and _Room(packed, arch).largest(block, 0) == total:
+                room = _Room(packed, arch)
+                rooms.append(room)
+            if room is not None:
+                room.put(block, 0, total)
+                continue
+        start = 0
+        while start < total:
+            stop = rooms[-1].largest(block, start)
+            if stop is None:
+                rooms.append(_Room(packed, arch))
+                continue
+            rooms[-1].put(block, start, stop)
+            start = stop
+    return [room for room in rooms if room.pieces]

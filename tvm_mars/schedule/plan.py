@@ -1,0 +1,533 @@
+"""The default schedule: places, tiles and loop order of every layer, without search."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import attrs
+
+from mars_runtime import isa
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import CapacityError
+from mars_runtime.maps import MapType
+from mars_runtime.timing import RAW_WORDS, WORD_BITS
+
+from ..graph import Add, Conv, Graph, Layer, Pool
+from ..pack import PackedConv
+from .loads import make_loads
+from .types import LayerSchedule, Load, Place, Schedule
+
+# A staged input, by its position among the layer's inputs; "output"; "partial".
+Item: TypeAlias = int | str
+
+__all__ = ["Step", "Window", "fuse_pools", "input_windows", "plan", "smallest_tile"]
+
+
+@attrs.frozen
+class Step:
+    """A layer, with the max pool that its APW does while writing (or None)."""
+
+    layer: Layer
+    pool: Pool | None = None
+
+    @property
+    def output(self) -> str:
+        """The map that is written."""
+        return self.pool.name if self.pool else self.layer.name
+
+    @property
+    def pooling(self) -> tuple[int, int]:
+        """Rows and columns of the fused pool's window."""
+        return self.pool.kernel if self.pool else (1, 1)
+
+
+def fuse_pools(graph: Graph) -> tuple[Step, ...]:
+    """Fuse each max pool into the convolution before it where the APW can do it while writing.
+
+    Its windows must not overlap, need no padding, and nothing else may read the convolution.
+    """
+    consumers = graph.consumers()
+    left = {out.value for out in graph.outputs}
+    fused: dict[str, Pool] = {}
+    limit = isa.field_limit(isa.Apw, "pool_height")
+    for layer in graph.layers:
+        if not isinstance(layer, Pool) or layer.mode != "max":
+            continue
+        source = next((one for one in graph.layers if one.name == layer.input), None)
+        if (
+            isinstance(source, Conv)
+            and source.requant is not None
+            and consumers[source.name] == (layer.name,)
+            and source.name not in left
+            and layer.stride == layer.kernel
+            and max(layer.kernel) <= limit
+            and not any(layer.padding)
+        ):
+            fused[source.name] = layer
+    pools = {pool.name for pool in fused.values()}
+    return tuple(
+        Step(layer, fused.get(layer.name)) for layer in graph.layers if layer.name not in pools
+    )
+
+
+@attrs.frozen
+class Window:
+    """What of an input a tile needs: rows and columns, and where the tile's origin falls in it.
+
+    ``origin`` is the input row and column, counted from the first needed one, that output pixel
+    (0, 0) of the tile meets with tap (0, 0); negative in the padding.
+    """
+
+    y: int
+    x: int
+    height: int
+    width: int
+    origin: tuple[int, int]
+
+
+def _axis(
+    first: int, count: int, kernel: int, stride: int, dilation: int, pad: int, size: int
+) -> tuple[int, int, int]:
+    start = first * stride - pad
+    stop = start + (count - 1) * stride + (kernel - 1) * dilation + 1
+    low = min(max(start, 0), size - 1)  # a tile that only meets padding still names one row
+    high = max(low + 1, min(stop, size))
+    return low, high - low, start - low
+
+
+def _windowed(
+    tile: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: Sequence[int],
+    source: MapType,
+) -> Window:
+    y, height, origin_y = _axis(
+        tile[0], tile[2], kernel[0], stride[0], dilation[0], padding[0], source.height
+    )
+    x, width, origin_x = _axis(
+        tile[1], tile[3], kernel[1], stride[1], dilation[1], padding[1], source.width
+    )
+    return Window(y, x, height, width, (origin_y, origin_x))
+
+
+def input_windows(
+    step: Step, types: Mapping[str, MapType], tile: tuple[int, int, int, int]
+) -> tuple[Window, ...]:
+    """For a tile (row, column, height, width) of a step's output, what it needs of each input."""
+    layer = step.layer
+    if isinstance(layer, Pool):
+        return (
+            _windowed(
+                tile, layer.kernel, layer.stride, (1, 1), layer.padding, types[layer.input]
+            ),
+        )
+    ph, pw = step.pooling
+    pixels = (tile[0] * ph, tile[1] * pw, tile[2] * ph, tile[3] * pw)
+    if isinstance(layer, Add):
+        whole = Window(*pixels, (0, 0))
+        return tuple(whole for _ in layer.operands)
+    windows = [
+        _windowed(
+            pixels, term.kernel, term.stride, term.dilation, term.padding, types[term.input]
+        )
+        for term in layer.terms
+    ]
+    if layer.residual:
+        windows.append(Window(*pixels, (0, 0)))
+    return tuple(windows)
+
+
+# -- places ----------------------------------------------------------------------------------------
+
+
+class _Banks:
+    """Free words of the banks."""
+
+    def __init__(self, banks: int, words: int, used: Sequence[tuple[Place, int]] = ()) -> None:
+        self.count, self.words = banks, words
+        self.used = list(used)
+
+    def find(self, bank: int, size: int) -> Place | None:
+        """Give the first gap of a bank that holds ``size`` words."""
+        at = 0
+        taken = sorted((p.base, length) for p, length in self.used if p.bank == bank)
+        for base, length in taken:
+            if base - at >= size:
+                break
+            at = max(at, base + length)
+        return Place(bank, at) if at + size <= self.words else None
+
+    def take(self, place: Place, size: int) -> None:
+        self.used.append((place, size))
+
+    def place(
+        self, sizes: Mapping[Item, int], banks: Mapping[Item, int]
+    ) -> dict[Item, Place] | None:
+        """Find room for all of some items, each in its bank."""
+        room, found = self.copy(), {}
+        for item, size in sizes.items():
+            spot = room.find(banks[item], size)
+            if spot is None:
+                return None
+            room.take(spot, size)
+            found[item] = spot
+        return found
+
+    def copy(self) -> _Banks:
+        return _Banks(self.count, self.words, self.used)
+
+
+@attrs.frozen
+class _Option:
+    """A way to run a step, with its estimated cycles beside compute."""
+
+    cost: float
+    schedule: LayerSchedule
+
+
+class _NoRoom(Exception):
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Planner:
+    def __init__(
+        self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]
+    ) -> None:
+        self.graph, self.arch, self.types = graph, arch, graph.types
+        self.steps = fuse_pools(graph)
+        self.left = {out.value for out in graph.outputs}
+        self.last_use: dict[str, int] = {}
+        for i, step in enumerate(self.steps):
+            self.last_use.setdefault(step.output, i)
+            for name in step.layer.inputs:
+                self.last_use[name] = i
+        self.loads = {
+            step.layer.name: self._loads(step.layer, packed[step.layer.name])
+            for step in self.steps
+            if isinstance(step.layer, Conv)
+        }
+
+    def _loads(self, layer: Conv, packed: PackedConv) -> tuple[Load, ...]:
+        accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
+        return make_loads(packed, self.arch, accesses)
+
+    def plan(self) -> Schedule:
+        spilled = {entry.name for entry in self.graph.inputs}
+        inputs = frozenset(spilled)
+        while True:
+            try:
+                layers = self._attempt(spilled)
+            except _NoRoom as full:
+                spilled.add(self._victim(full.index, spilled))
+            else:
+                return Schedule(tuple(layers), tuple(sorted(spilled - inputs)))
+
+    def _victim(self, index: int, spilled: set[str]) -> str:
+        """Choose the value to spill: alive at this step, next used furthest away, then largest."""
+        step = self.steps[index]
+        alive = [
+            other.output
+            for i, other in enumerate(self.steps[:index])
+            if self.last_use[other.output] >= index and other.output not in spilled
+        ]
+        if not alive:
+            need, have = smallest_tile(step, self.types, self.arch) or (0, 0)
+            raise CapacityError(
+                "its smallest tile does not fit the feature-map SRAMs",
+                op=step.layer.name,
+                need=need,
+                have=have,
+                unit="words",
+                hint="leave this operator to the CPU, or enlarge bank_bits",
+            )
+
+        def priority(name: str) -> tuple[int, int, str]:
+            uses = [i for i in range(index, len(self.steps)) if self._reads(i, name)]
+            return (uses[0], self.types[name].words, name)
+
+        return max(alive, key=priority)
+
+    def _reads(self, index: int, name: str) -> bool:
+        return name in self.steps[index].layer.inputs
+
+    def _attempt(self, spilled: set[str]) -> list[LayerSchedule]:
+        resident: dict[str, Place] = {}
+        layers = []
+        for i, step in enumerate(self.steps):
+            used = [(place, self.types[name].words) for name, place in resident.items()]
+            banks = _Banks(self.arch.banks, self.arch.bank_words, used)
+            options = list(self._options(i, step, banks, resident, step.output in spilled))
+            if not options:
+                raise _NoRoom(i)
+            chosen = min(options, key=lambda option: option.cost).schedule
+            layers.append(chosen)
+            if not chosen.output_staged:
+                resident[step.output] = chosen.place
+            for name in [name for name in resident if self.last_use[name] <= i]:
+                del resident[name]
+        return layers
+
+    # -- options of a step -------------------------------------------------------------------
+
+    def _options(
+        self,
+        index: int,
+        step: Step,
+        banks: _Banks,
+        resident: Mapping[str, Place],
+        offchip: bool,
+    ) -> Iterator[_Option]:
+        out = self.types[step.output]
+        if not offchip:
+            for place in self._resident_places(index, step, banks, resident, out):
+                room = banks.copy()
+                room.take(place, out.words)
+                yield from self._tilings(step, room, resident, place)
+        yield from self._tilings(step, banks, resident, None)
+
+    def _resident_places(
+        self,
+        index: int,
+        step: Step,
+        banks: _Banks,
+        resident: Mapping[str, Place],
+        out: MapType,
+    ) -> Iterator[Place]:
+        layer = step.layer
+        if isinstance(layer, Conv) and layer.residual and not step.pool:
+            name = layer.residual.input
+            in_place = (
+                name in resident
+                and self.last_use[name] == index
+                and name not in [term.input for term in layer.terms]
+                and self.types[name].words == out.words
+                and self.types[name].bits == out.bits
+            )
+            if in_place:
+                yield resident[name]
+                return
+        reading = resident.get(layer.inputs[0])
+        first = 1 - reading.bank if reading else 1
+        for bank in (first, 1 - first):
+            place = banks.find(bank, out.words)
+            if place is not None:
+                yield place
+
+    def _tilings(
+        self, step: Step, banks: _Banks, resident: Mapping[str, Place], place: Place | None
+    ) -> Iterator[_Option]:
+        loads = self.loads.get(step.layer.name, ())
+        split = any(load.splits for load in loads)
+        modes: tuple[Literal["none", "bank", "offchip"], ...] = (
+            ("bank", "offchip") if split else ("none",)
+        )
+        for partial in modes:
+            for tile, block_tile in self._tiles(step):
+                arranged = self._arrange(
+                    step, banks, resident, place, tile, block_tile, partial == "bank"
+                )
+                if arranged is not None:
+                    yield self._option(
+                        step, loads, tile, block_tile, partial, place, arranged, resident
+                    )
+                    break
+
+    def _tiles(self, step: Step) -> Iterator[tuple[tuple[int, int], int]]:
+        out = self.types[step.output]
+        block_tiles = [out.blocks] if isinstance(step.layer, Conv) else _extents(out.blocks)
+        for block_tile in block_tiles:
+            for height in _extents(out.height):
+                yield (height, out.width), block_tile
+            for width in _extents(out.width)[1:]:
+                yield (1, width), block_tile
+
+    def _arrange(
+        self,
+        step: Step,
+        banks: _Banks,
+        resident: Mapping[str, Place],
+        place: Place | None,
+        tile: tuple[int, int],
+        block_tile: int,
+        partial: bool,
+    ) -> dict[Item, Place] | None:
+        """Find places for what a tile needs in the banks beside what is resident there."""
+        items = staging_sizes(step, self.types, tile, block_tile, place is None, resident)
+        if partial:
+            pixels = tile[0] * tile[1] * math.prod(step.pooling)
+            items["partial"] = self.arch.cores * pixels * RAW_WORDS
+        reading = resident.get(step.layer.inputs[0])
+        best: tuple[int, dict[Item, Place]] | None = None
+        for choice in itertools.product(range(banks.count), repeat=len(items)):
+            chosen = dict(zip(items, choice, strict=True))
+            writing = place.bank if place else chosen["output"]
+            source = reading.bank if reading else chosen[0]
+            # Input and output in one bank share its port; partial sums belong to the output's.
+            conflicts = 2 * (writing == source) + (chosen.get("partial", writing) != writing)
+            if best is not None and conflicts >= best[0]:
+                continue
+            found = banks.place(items, chosen)
+            if found is not None:
+                best = (conflicts, found)
+        return best[1] if best else None
+
+    def _option(
+        self,
+        step: Step,
+        loads: tuple[Load, ...],
+        tile: tuple[int, int],
+        block_tile: int,
+        partial: Literal["none", "bank", "offchip"],
+        place: Place | None,
+        arranged: Mapping[Item, Place],
+        resident: Mapping[str, Place],
+    ) -> _Option:
+        arch, out = self.arch, self.types[step.output]
+        tiles = -(-out.height // tile[0]) * -(-out.width // tile[1])
+        fill = arch.group_set_weights * 8 / arch.macro_write_bits
+        load_cycles = sum(
+            arch.array_fill_cycles + fill * max(load.group_sets(core) for core in load.active)
+            for load in loads
+        )
+        sizes = staging_sizes(step, self.types, tile, block_tile, False, resident)
+        words_in = tiles * sum(size for item, size in sizes.items() if item != "output")
+        move_in = words_in * WORD_BITS / arch.offchip_bits_per_cycle
+        order: Literal["tiles", "loads"] = "tiles"
+        repeat_loads, repeat_moves = tiles, 1
+        if len(loads) <= 1 or (
+            partial != "bank"
+            and load_cycles + len(loads) * move_in < tiles * load_cycles + move_in
+        ):
+            order, repeat_loads, repeat_moves = "loads", 1, max(1, len(loads))
+        cost = repeat_loads * load_cycles + repeat_moves * move_in
+        if place is None:  # it leaves, and comes back where it is used
+            cost += 2 * out.words * WORD_BITS / arch.offchip_bits_per_cycle
+        if partial == "offchip":
+            splits = sum(not piece.last for load in loads for core in load.cores for piece in core)
+            words = 2 * RAW_WORDS * out.height * out.width * math.prod(step.pooling)
+            cost += splits * words * WORD_BITS / arch.offchip_bits_per_cycle
+        names = step.layer.inputs
+        # A residual that has no place of its own is moved to where the output is written.
+        inputs = tuple(
+            resident.get(name) or arranged.get(i) or arranged["output"]
+            for i, name in enumerate(names)
+        )
+        schedule = LayerSchedule(
+            step.layer.name,
+            step.output,
+            loads,
+            tile,
+            block_tile,
+            order,
+            inputs,
+            tuple(name not in resident for name in names),
+            place or arranged["output"],
+            place is None,
+            copy_out=place is not None and step.output in self.left,
+            partial=partial,
+            partial_place=arranged.get("partial"),
+        )
+        return _Option(cost, schedule)
+
+
+def _extents(size: int) -> list[int]:
+    """Give the tile extents to try: ``size`` cut into equal parts, largest first."""
+    return sorted({-(-size // parts) for parts in range(1, size + 1)}, reverse=True)
+
+
+def staging_sizes(
+    step: Step,
+    types: Mapping[str, MapType],
+    tile: tuple[int, int],
+    block_tile: int,
+    output_staged: bool,
+    resident: Container[str],
+) -> dict[Item, int]:
+    """Words that a tile needs in the banks for what is not resident there.
+
+    Keys are positions among the layer's inputs, and ``"output"``. A residual that the output may
+    overwrite shares its place.
+    """
+    layer, out = step.layer, types[step.output]
+    sizes: dict[Item, int] = {}
+    for i, (name, window) in enumerate(zip(layer.inputs, _extent_windows(step, types, tile))):
+        if name in resident:
+            continue
+        source = types[name]
+        is_residual = isinstance(layer, Conv) and i == len(layer.terms)
+        if is_residual and output_staged and not step.pool and source.bits == out.bits:
+            continue
+        blocks = source.blocks if isinstance(layer, Conv) else block_tile
+        sizes[i] = source.planes * blocks * window[0] * window[1]
+    if output_staged:
+        blocks = out.blocks if isinstance(layer, Conv) else block_tile
+        sizes["output"] = out.planes * blocks * tile[0] * tile[1]
+    return sizes
+
+
+def _extent_windows(
+    step: Step, types: Mapping[str, MapType], tile: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
+    """Largest rows and columns of each input that any tile of this size needs."""
+    layer = step.layer
+    height, width = tile[0] * step.pooling[0], tile[1] * step.pooling[1]
+
+    def extent(
+        source: MapType,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> tuple[int, int]:
+        needed = [
+            (count - 1) * s + (k - 1) * d + 1
+            for count, k, s, d in zip((height, width), kernel, stride, dilation, strict=True)
+        ]
+        return min(needed[0], source.height), min(needed[1], source.width)
+
+    if isinstance(layer, Pool):
+        yield extent(types[layer.input], layer.kernel, layer.stride, (1, 1))
+    elif isinstance(layer, Conv):
+        for term in layer.terms:
+            yield extent(types[term.input], term.kernel, term.stride, term.dilation)
+        if layer.residual:
+            yield height, width
+    else:
+        for _ in layer.operands:
+            yield height, width
+
+
+def smallest_tile(
+    step: Step, types: Mapping[str, MapType], arch: MarsArch
+) -> tuple[int, int] | None:
+    """Tell whether a step fits the banks at all.
+
+    Returns
+    -------
+    None if it fits; otherwise the words that its smallest tile needs, and the words that there are.
+    """
+    sizes = staging_sizes(step, types, (1, 1), 1, True, ())
+    banks = _Banks(arch.banks, arch.bank_words)
+    for choice in itertools.product(range(arch.banks), repeat=len(sizes)):
+        if banks.place(sizes, dict(zip(sizes, choice, strict=True))) is not None:
+            return None
+    return sum(sizes.values()), arch.banks * arch.bank_words
+
+
+def plan(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule:
+    """Make the default schedule of a graph.
+
+    Maps stay in the banks where they fit, in ping-pong; a residual sum overwrites its residual;
+    what does not fit is spilled off-chip, furthest next use first, and moved in tiles.
+
+    Raises
+    ------
+    CapacityError
+        If even the smallest tile of a layer does not fit.
+    """
+    return _Planner(graph, arch, packed).plan()

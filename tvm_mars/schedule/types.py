@@ -1,0 +1,156 @@
+"""The values of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import attrs
+
+from mars_runtime.maps import MapType
+
+__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule"]
+
+
+@attrs.frozen
+class Place:
+    """Where a map, a part of it or its partial sums lie: bank and first word."""
+
+    bank: int
+    base: int
+
+
+@attrs.frozen
+class Piece:
+    """Group-sets ``start .. stop`` of the ``total`` of a kernel block, in one load of one core.
+
+    A piece that does not start at 0 continues the partial sum that the piece before it stored.
+    """
+
+    block: int
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def group_sets(self) -> int:
+        """How many group-sets are loaded."""
+        return self.stop - self.start
+
+    @property
+    def first(self) -> bool:
+        """Whether the sum starts here, from the bias."""
+        return self.start == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the sum ends here, in the APW."""
+        return self.stop == self.total
+
+
+@attrs.frozen
+class Load:
+    """One filling of the arrays: for each core the pieces that it holds, in walking order."""
+
+    cores: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Cores that have a block to write, be it an empty one."""
+        return tuple(core for core, pieces in enumerate(self.cores) if pieces)
+
+    def group_sets(self, core: int) -> int:
+        """Group-sets that a core holds."""
+        return sum(piece.group_sets for piece in self.cores[core])
+
+    @property
+    def splits(self) -> bool:
+        """Whether a sum is continued from, or into, another load."""
+        return any(not (p.first and p.last) for pieces in self.cores for p in pieces)
+
+
+@attrs.frozen
+class LayerSchedule:
+    """How one layer runs.
+
+    Parameters
+    ----------
+    layer, output : str
+        The layer, and the map that it writes: its own, or that of the max pool fused behind it.
+    loads : tuple of Load
+        The fillings, in order; empty for a pool or an addition.
+    tile : (int, int)
+        Rows and columns written per pass; the map is covered row by row of tiles.
+    block_tile : int
+        Channel blocks per pass of a pool or an addition.
+    order : "tiles" or "loads"
+        The outer loop: with ``tiles`` each tile meets all loads (weights travel again for every
+        tile), with ``loads`` each load meets all tiles (maps travel again for every load).
+    inputs : tuple of Place
+        For each of the layer's inputs where its words lie while it is read.
+    staged : tuple of bool
+        For each input whether it lives off-chip, so that tiles of it are moved to that place.
+    place : Place
+        Where the output is written.
+    output_staged : bool
+        Whether the output lives off-chip, so that tiles of it are moved out from that place.
+    copy_out : bool
+        Whether a resident output also leaves, being an output of the region.
+    partial : "none", "bank" or "offchip"
+        Where partial sums travel.
+    partial_place : Place, optional
+        Their place in a bank.
+    fetch_chunk : int
+        Group-sets per FETCH and FILL, so that the two hops overlap.
+    """
+
+    layer: str
+    output: str
+    loads: tuple[Load, ...]
+    tile: tuple[int, int]
+    block_tile: int
+    order: Literal["tiles", "loads"]
+    inputs: tuple[Place, ...]
+    staged: tuple[bool, ...]
+    place: Place
+    output_staged: bool
+    copy_out: bool = False
+    partial: Literal["none", "bank", "offchip"] = "none"
+    partial_place: Place | None = None
+    fetch_chunk: int = 8
+
+    def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
+        """Yield row, column, height and width of each tile of the output map."""
+        for y in range(0, type.height, self.tile[0]):
+            for x in range(0, type.width, self.tile[1]):
+                yield (
+                    y,
+                    x,
+                    min(self.tile[0], type.height - y),
+                    min(self.tile[1], type.width - x),
+                )
+
+    def __str__(self) -> str:
+        places = [
+            f"bank{place.bank}+{place.base}{' staged' if staged else ''}"
+            for place, staged in zip(self.inputs, self.staged, strict=True)
+        ]
+        out = f"bank{self.place.bank}+{self.place.base}{' staged' if self.output_staged else ''}"
+        partial = f", partial sums {self.partial}" if self.partial != "none" else ""
+        fused = f" with {self.output}" if self.output != self.layer else ""
+        return (
+            f"{self.layer}{fused}: {len(self.loads)} loads, tile {self.tile[0]}x{self.tile[1]}, "
+            f"{self.order} outside, {' '.join(places)} -> {out}{partial}"
+        )
+
+
+@attrs.frozen
+class Schedule:
+    """How a graph runs: its layers in order, and the values that were spilled off-chip."""
+
+    layers: tuple[LayerSchedule, ...]
+    spills: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [str(layer) for layer in self.layers]
+        return "\n".join([*lines, f"spilled: {', '.join(self.spills) or 'nothing'}"])
