@@ -19,7 +19,6 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
 from mars_runtime.packing import (
-    block_parameter_bytes,
     group_set_bytes,
     pack_group_sets,
     pack_parameters,
@@ -27,7 +26,7 @@ from mars_runtime.packing import (
 from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
 from mars_runtime.timing import RAW_WORDS
 
-from .graph import Add, Conv, Graph, Layer, Pool, layer_macs
+from .graph import Add, Conv, Graph, Pool, layer_macs
 from .pack import PackedBlock, PackedConv
 from .schedule import LayerSchedule, Load, Piece, Place, Schedule, Step, fuse_pools
 from .schedule.loads import segment_bounds
@@ -151,11 +150,18 @@ class _CoreImage:
 
     index: int
     index_bytes: int
-    descriptor_bytes: int
     parameters: int
     parameter_bytes: int
     weights: int
     group_sets: int
+
+
+@attrs.frozen
+class _LoadImage:
+    """A load's cores, and the bytes of descriptor before their index codes."""
+
+    cores: dict[int, _CoreImage]
+    descriptor_bytes: int
 
 
 class _Image:
@@ -166,25 +172,29 @@ class _Image:
         self.weights: list[bytes] = []
         self.table_bytes = self.weight_bytes = 0
 
-    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> dict[int, Any]:
-        """Add a load's data; weight addresses count from the end of the tables."""
+    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> _LoadImage:
+        """Add a load's data; weight addresses count from the end of the tables.
+
+        Descriptors are padded to the longest, so that one CONV finds every core's codes.
+        """
+        words = {core: _index_words(packed, load.cores[core]) for core in load.active}
+        longest = max((len(descriptor) for descriptor, _ in words.values()), default=0)
         cores = {}
-        for core in load.active:
+        for core, (descriptor, codes) in words.items():
             pieces = load.cores[core]
-            descriptor, codes = _index_words(packed, pieces)
+            index = descriptor.ljust(longest, b"\0") + codes
             parameters = _parameters(packed, pieces)
             group_sets = load.group_sets(core)
             cores[core] = _CoreImage(
                 self.table_bytes,
-                len(descriptor) + len(codes),
-                len(descriptor),
-                self.table_bytes + len(descriptor) + len(codes),
+                len(index),
+                self.table_bytes + len(index),
                 len(parameters),
                 self.weight_bytes,
                 group_sets,
             )
-            self.tables += [descriptor, codes, parameters]
-            self.table_bytes += len(descriptor) + len(codes) + len(parameters)
+            self.tables += [index, parameters]
+            self.table_bytes += len(index) + len(parameters)
             self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
             if with_weights:
                 self.weights += [
@@ -195,7 +205,7 @@ class _Image:
                     for piece in pieces
                     if piece.group_sets
                 ]
-        return cores
+        return _LoadImage(cores, longest)
 
 
 def _parameters(packed: PackedConv, pieces: Sequence[Piece]) -> bytes:
@@ -296,7 +306,7 @@ class _Generator:
         self.out = _Emitter()
         self.image = _Image()
         self.steps = fuse_pools(graph)
-        self.loads: dict[str, list[dict[int, _CoreImage]]] = {
+        self.loads: dict[str, list[_LoadImage]] = {
             entry.layer: [
                 self.image.add_load(packed[entry.layer], load, with_weights)
                 for load in entry.loads
@@ -306,7 +316,7 @@ class _Generator:
         self.image_bytes = self.image.table_bytes + self.image.weight_bytes
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
-        self.rings: dict[tuple[str, int], int] = {}
+        self.rings: dict[object, int] = {}
         self.settings: dict[tuple[int, object], isa.Instruction] = {}
         self.staged: dict[Place, tuple[str, Window]] = {}
 
@@ -331,7 +341,9 @@ class _Generator:
             for name, out in zip(output_names, self.graph.outputs, strict=True)
         )
         inputs = tuple(
-            InputPort(name, entry.type, tuple(entry.shape), self._address(entry.name), entry.quantize)
+            InputPort(
+                name, entry.type, tuple(entry.shape), self._address(entry.name), entry.quantize
+            )
             for name, entry in zip(input_names, self.graph.inputs, strict=True)
         )
         if self.next_word * WORD_BYTES > self.arch.offchip_bytes:
@@ -390,12 +402,12 @@ class _Generator:
         self.next_word += words
         return at
 
-    def _ring(self, memory: str, core: int, length: int, size: int) -> int:
-        """Give the next bytes of a core's SRAM, from the start again when the end is reached."""
-        at = self.rings.get((memory, core), 0)
-        if at + length > size:
+    def _ring(self, memory: object, length: int, sram_bits: int) -> int:
+        """Give the next bytes of an SRAM, from the start again when the end is reached."""
+        at = self.rings.get(memory, 0)
+        if at + length > sram_bits // 8:
             at = 0
-        self.rings[memory, core] = at + length
+        self.rings[memory] = at + length
         return at
 
     def _move(
@@ -406,8 +418,12 @@ class _Generator:
         place: Place,
         block: int,
         blocks: int,
+        staged_blocks: int | None = None,
     ) -> None:
-        """Move part of a map: all nibble planes of some channel blocks of a window."""
+        """Move a window of some channel blocks of a map, all nibble planes.
+
+        In the bank lie these blocks alone, or ``staged_blocks`` of the map from block 0 on.
+        """
         kind = self.types[value]
         # A pixel of accumulators is a row of eight words instead of planes.
         depth = RAW_WORDS if kind.bits == RAW_BITS else 1
@@ -415,11 +431,12 @@ class _Generator:
         plane = window.height * window.width * depth
         offchip_plane = kind.height * kind.width * depth
         at = self._address(value) + (window.y * kind.width + window.x) * depth
-        runs = [(0, planes * kind.blocks)]
-        if blocks != kind.blocks:
-            runs = [(p * kind.blocks + block, blocks) for p in range(planes)]
-        for number, (first, count) in enumerate(runs):
-            base = place.base + number * blocks * plane
+        stored, skipped = (blocks, 0) if staged_blocks is None else (staged_blocks, block)
+        runs = [(p * stored + skipped, p * kind.blocks + block, blocks) for p in range(planes)]
+        if blocks == kind.blocks:
+            runs = [(0, 0, planes * blocks)]  # the planes of a whole map follow each other
+        for in_bank, first, count in runs:
+            base = place.base + in_bank * plane
             bank_span: Span = (("bank", place.bank), base, base + count * plane)
             address = at + first * offchip_plane
             end = address + (count - 1) * offchip_plane + (window.height - 1) * kind.width * depth
@@ -599,24 +616,28 @@ class _Generator:
     def _load(self, schedule: LayerSchedule, number: int) -> None:
         """Fetch a load's tables and weights and fill the arrays, the two hops in chunks."""
         arch, weight_bits = self.arch, self.packed[schedule.layer].weight_bits
-        cores = self.loads[schedule.layer][number]
+        cores = self.loads[schedule.layer][number].cores
         filling = [core for core, part in cores.items() if part.group_sets]
         if filling:
             lanes = tuple(("load", core) for core in filling)
             self.out.emit(isa.Prepare(cores=_mask(filling)), lanes)
-        self.tables: dict[int, tuple[int, int]] = {}
+        # Tables lie at the same addresses on every core, so that one CONV serves them all.
+        self.index_at = self._ring(
+            isa.MEMORY_INDEX, max(part.index_bytes for part in cores.values()), arch.index_sram_bits
+        )
+        self.parameters_at = self._ring(
+            isa.MEMORY_PARAMETER,
+            max(part.parameter_bytes for part in cores.values()),
+            arch.parameter_sram_bits,
+        )
         for core, part in cores.items():
-            self.tables[core] = (
-                self._fetch(
-                    core, isa.MEMORY_INDEX, part.index, part.index_bytes, arch.index_sram_bits
-                ),
-                self._fetch(
-                    core,
-                    isa.MEMORY_PARAMETER,
-                    part.parameters,
-                    part.parameter_bytes,
-                    arch.parameter_sram_bits,
-                ),
+            self._fetch(core, isa.MEMORY_INDEX, part.index, part.index_bytes, self.index_at)
+            self._fetch(
+                core,
+                isa.MEMORY_PARAMETER,
+                part.parameters,
+                part.parameter_bytes,
+                self.parameters_at,
             )
         size = group_set_bytes(weight_bits)
         chunk = min(schedule.fetch_chunk, arch.weight_sram_bits // 8 // size)
@@ -627,9 +648,8 @@ class _Generator:
                 if count <= 0:
                     continue
                 source = self.image.table_bytes + cores[core].weights + start * size
-                at = self._fetch(
-                    core, isa.MEMORY_WEIGHT, source, count * size, arch.weight_sram_bits
-                )
+                at = self._ring((isa.MEMORY_WEIGHT, core), count * size, arch.weight_sram_bits)
+                self._fetch(core, isa.MEMORY_WEIGHT, source, count * size, at)
                 self.out.emit(
                     isa.Fill(
                         core=core,
@@ -643,14 +663,12 @@ class _Generator:
                     writes=[(("slots", core), start, start + count)],
                 )
 
-    def _fetch(self, core: int, memory: int, source: int, length: int, sram_bits: int) -> int:
-        at = self._ring(str(memory), core, length, sram_bits // 8)
+    def _fetch(self, core: int, memory: int, source: int, length: int, at: int) -> None:
         self.out.emit(
             isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
             (("dma", 0),),
             writes=[(("sram", memory, core), at, at + length)],
         )
-        return at
 
     def _conv_tile(
         self,
@@ -679,57 +697,47 @@ class _Generator:
         residual = self._residual(step, layer, schedule, tile, sources)
         self._apw(cores, self._conv_apw(step, layer, target), residual)
         partial = schedule.partial_place or Place(0, 0)
-        parts = self.loads[schedule.layer][number]
+        image = self.loads[schedule.layer][number]
         reads: list[Span] = [source.span for source in sources]
         writes = [out_span]
         if load.splits:
             memory = "offchip" if schedule.partial == "offchip" else ("bank", partial.bank)
             words = self._partial_words(step, schedule)
             writes.append((memory, partial_base, partial_base + words))
-        for core in cores:
-            index, parameters = self.tables[core]
-            part = parts[core]
+        for core, part in image.cores.items():
             reads += [
-                (("sram", isa.MEMORY_INDEX, core), index, index + part.index_bytes),
+                (
+                    ("sram", isa.MEMORY_INDEX, core),
+                    self.index_at,
+                    self.index_at + part.index_bytes,
+                ),
                 (
                     ("sram", isa.MEMORY_PARAMETER, core),
-                    parameters,
-                    parameters + part.parameter_bytes,
+                    self.parameters_at,
+                    self.parameters_at + part.parameter_bytes,
                 ),
                 (("slots", core), 0, part.group_sets),
             ]
-        for group in self._by_tables(cores, parts):
-            index, parameters = self.tables[group[0]]
-            self.out.emit(
-                isa.Conv(
-                    cores=_mask(group),
-                    descriptor=index,
-                    codes=index + parts[group[0]].descriptor_bytes,
-                    parameters=parameters,
-                    y=y,
-                    x=x,
-                    height=tile[2],
-                    width=tile[3],
-                    partial=int(load.splits and schedule.partial == "offchip"),
-                    partial_bank=partial.bank if load.splits else 0,
-                    partial_base=partial_base if load.splits else 0,
-                ),
-                tuple(("compute", core) for core in group),
-                [span for span in reads if not _of_other_core(span, group)],
-                writes,
-            )
+        self.out.emit(
+            isa.Conv(
+                cores=_mask(cores),
+                descriptor=self.index_at,
+                codes=self.index_at + image.descriptor_bytes,
+                parameters=self.parameters_at,
+                y=y,
+                x=x,
+                height=tile[2],
+                width=tile[3],
+                partial=int(load.splits and schedule.partial == "offchip"),
+                partial_bank=partial.bank if load.splits else 0,
+                partial_base=partial_base if load.splits else 0,
+            ),
+            tuple(("compute", core) for core in cores),
+            reads,
+            writes,
+        )
         if schedule.output_staged:
             self._move_finished(step, schedule, tile, load, number)
-
-    def _by_tables(
-        self, cores: Sequence[int], parts: Mapping[int, _CoreImage]
-    ) -> list[tuple[int, ...]]:
-        """Group cores whose tables lie at the same addresses: one CONV serves them."""
-        groups: dict[object, list[int]] = {}
-        for core in cores:
-            key = (self.tables[core], parts[core].descriptor_bytes)
-            groups.setdefault(key, []).append(core)
-        return [tuple(group) for group in groups.values()]
 
     def _move_finished(
         self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load, number: int
@@ -741,48 +749,11 @@ class _Generator:
             if number == len(schedule.loads) - 1:
                 self._move(isa.MOVE_OUT, step.output, window, schedule.place, 0, kind.blocks)
             return
-        depth = RAW_WORDS if kind.bits == RAW_BITS else 1
-        plane = tile[2] * tile[3] * depth
-        finished = sorted(
-            piece.block for pieces in load.cores for piece in pieces if piece.last
-        )
+        finished = sorted(piece.block for pieces in load.cores for piece in pieces if piece.last)
         for first, count in _runs(finished):
-            for p in range(kind.planes // depth):
-                self._move_plane(step.output, window, schedule.place, p, first, count, plane)
-
-    def _move_plane(
-        self, value: str, window: Window, place: Place, p: int, first: int, count: int, plane: int
-    ) -> None:
-        """Move out some blocks of one nibble plane of a fully staged tile."""
-        kind = self.types[value]
-        depth = RAW_WORDS if kind.bits == RAW_BITS else 1
-        at = p * kind.blocks + first
-        offchip_plane = kind.height * kind.width * depth
-        base = place.base + at * plane
-        address = (
-            self._address(value)
-            + at * offchip_plane
-            + (window.y * kind.width + window.x) * depth
-        )
-        end = address + (count - 1) * offchip_plane + (window.height - 1) * kind.width * depth
-        self.out.emit(
-            isa.Move(
-                direction=isa.MOVE_OUT,
-                bank=place.bank,
-                base=base,
-                pitch=window.width * depth,
-                plane=plane,
-                address=address,
-                offchip_pitch=kind.width * depth,
-                offchip_plane=offchip_plane,
-                words=window.width * depth,
-                rows=window.height,
-                planes=count,
-            ),
-            (("dma", 0),),
-            reads=[(("bank", place.bank), base, base + count * plane)],
-            writes=[("offchip", address, end + window.width * depth)],
-        )
+            self._move(
+                isa.MOVE_OUT, step.output, window, schedule.place, first, count, kind.blocks
+            )
 
     def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> isa.Apw:
         requant = layer.requant
@@ -904,13 +875,6 @@ class _Generator:
 
 def _mask(cores: Iterable[int]) -> int:
     return sum(1 << core for core in cores)
-
-
-def _of_other_core(span: Span, cores: Sequence[int]) -> bool:
-    memory = span[0]
-    return (
-        isinstance(memory, tuple) and memory[0] in ("sram", "slots") and memory[-1] not in cores
-    )
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -870,7 +870,8 @@ class _ConvTile:
             else:
                 acc = self._read_partial()
             for segment in visit.segments:
-                acc = acc + self._products(segment, patches[segment.context])
+                if segment.taps:
+                    acc = acc + self._products(segment, *patches[segment.context])
             if np.abs(acc).max() >= 2**31:
                 raise MachineError("an accumulator leaves 32 bits")
             if visit.last:
@@ -922,18 +923,17 @@ class _ConvTile:
             patches[context] = (patch.astype(np.float32), where)
         return patches
 
-    def _products(self, segment: timing.LoadedSegment, patch: tuple[Array, dict[int, int]]) -> Any:
-        if not segment.taps:
-            return 0
+    def _products(
+        self, segment: timing.LoadedSegment, patch: Array, where: dict[int, int]
+    ) -> Array:
         sas = self.core.config.context(segment.context)
-        values, where = patch
         places = []
         for tap, block in zip(segment.taps, segment.blocks, strict=True):
             r, c = divmod(tap, sas.kernel_width)
             places.append((where[block], r * sas.dilation_y, c * sas.dilation_x))
         weights = self.core.macros[segment.slot : segment.slot + len(places)]
         products = convolve_group_sets(
-            values, weights, places, self.tile, (sas.stride_y, sas.stride_x)
+            patch, weights, places, self.tile, (sas.stride_y, sas.stride_x)
         )
         return products << sas.shift
 

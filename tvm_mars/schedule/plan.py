@@ -509,13 +509,17 @@ def smallest_tile(
 
     Returns
     -------
-    None if it fits; otherwise the words that its smallest tile needs, and the words that there are.
+    None if it fits; otherwise the words that one map of its smallest tile needs and a bank has, or
+    all of them need and all banks have.
     """
     sizes = staging_sizes(step, types, (1, 1), 1, True, ())
     banks = _Banks(arch.banks, arch.bank_words)
     for choice in itertools.product(range(arch.banks), repeat=len(sizes)):
         if banks.place(sizes, dict(zip(sizes, choice, strict=True))) is not None:
             return None
+    largest = max(sizes.values())
+    if largest > arch.bank_words:
+        return largest, arch.bank_words
     return sum(sizes.values()), arch.banks * arch.bank_words
 
 
