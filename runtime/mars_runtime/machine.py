@@ -12,7 +12,7 @@ of issue, the unit's own queue, the tokens waited for, and the architecture's ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from . import isa, timing
 from .arch import MarsArch
-from .errors import HazardError, MachineError, MarsError, MemoryAccessError, PoisonError
+from .errors import HazardError, MachineError, MemoryAccessError, PoisonError
 from .kernels import convolve_group_sets, max_windows
 from .maps import WORD_BYTES, WORD_CHANNELS, join_nibbles, pack_map, split_nibbles, unpack_map
 from .packing import (
@@ -1035,13 +1035,3 @@ def simulate(region: Region, arch: MarsArch, trace: bool = False) -> Timeline:
     """
     return Machine(region, arch, trace=trace).run()
 
-
-def run_codes(region: Region, arch: MarsArch, inputs: Sequence[Array]) -> list[Array]:
-    """Execute a region on stored codes ``[N, C, H, W]`` and give its outputs' codes."""
-    if len(inputs) != len(region.inputs):
-        raise MarsError(f"{len(inputs)} inputs for {len(region.inputs)} ports")
-    machine = Machine(region, arch, images=len(inputs[0]) if inputs else 1)
-    for port, codes in enumerate(inputs):
-        machine.write_input(port, codes)
-    machine.run()
-    return [cast(Array, machine.read_output(port)) for port in range(len(region.outputs))]
