@@ -11,7 +11,7 @@ Native graphs obey the bounds under which :func:`tvm_mars.onnx_export.to_onnx` i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from mars_runtime.quantize import Dequantize, Quantize
 from tvm_mars.graph import (
-    RAW_BITS,
     Add,
     Conv,
     ConvTerm,
@@ -45,6 +44,7 @@ __all__ = ["FOCI", "events", "features", "group_sets", "random_graph", "random_i
 Array = npt.NDArray[Any]
 BLOCK = 16  # channels of a kernel block and of a weight-group
 MACS = 1_200_000  # per layer: keeps the int64 evaluation within milliseconds
+RAW_BITS = 32  # of accumulators that nothing requantizes
 FLOAT_GRID = 24  # bits of a float32 significand: native graphs stay inside
 
 
@@ -388,7 +388,7 @@ class _Builder:
     def _term_grid(self, term: ConvTerm) -> int:
         return self.types[term.input].bits + term.weight_bits - 1
 
-    def _paper_grid(self, terms: list[ConvTerm], residual: str | None) -> int:
+    def _paper_grid(self, terms: Sequence[ConvTerm], residual: str | None) -> int:
         grids = [self._term_grid(term) for term in terms]
         return max([*grids, self.types[residual].bits] if residual else grids)
 
@@ -442,7 +442,7 @@ class _Builder:
             room = 2**31 - 1 - worst_accumulator(layer, self.types)
             bias[self.between(0, channels - 1)] = self.pick(-1, 1) * room
         if self.focus == "ties" and self.native and self.paper:
-            grid = self._paper_grid(list(layer.terms), layer.residual and layer.residual.input)
+            grid = self._paper_grid(layer.terms, layer.residual.input if layer.residual else None)
             bias[self.rng.random(channels) < 0.5] = 2 ** (grid - 1)
         if self.chance(0.1):
             bias[:] = 0
@@ -598,11 +598,15 @@ class _Builder:
         """Add a pool of random window."""
         source = self.type
         mode = mode or str(self.pick("max", "avg"))
-        kernel = tuple(min(self.pick(2, 2, 3), size) for size in (source.height, source.width))
+        kernel = (
+            min(self.pick(2, 2, 3), source.height),
+            min(self.pick(2, 2, 3), source.width),
+        )
         stride = self.pick(kernel, (1, 1), (2, 2), (2, 1))
-        padding = (0, 0, 0, 0)
-        if self.chance(0.5):
-            padding = tuple(self.between(0, kernel[i % 2] - 1) for i in range(4))
+        top, left, bottom, right = (
+            self.between(0, kernel[i % 2] - 1) if self.chance(0.5) else 0 for i in range(4)
+        )
+        padding = (top, left, bottom, right)
         name = f"{mode}pool{len(self.layers)}"
         if mode == "max":
             return self.add(Pool(name, "max", self.current, kernel, stride, padding))
@@ -617,9 +621,9 @@ class _Builder:
     def _average(
         self,
         name: str,
-        kernel: tuple[int, ...],
+        kernel: tuple[int, int],
         stride: tuple[int, int],
-        padding: tuple[int, ...],
+        padding: tuple[int, int, int, int],
         include: bool,
     ) -> str:
         source, bits = self.type, self.bits()
@@ -629,9 +633,7 @@ class _Builder:
             steps = self.probe[self.current] - source.zero_point
             count = kernel[0] * kernel[1]
             requant = self.requant(steps * count, bits, 1, count)
-        return self.add(
-            Pool(name, "avg", self.current, kernel, stride, padding, include, requant)  # type: ignore[arg-type]
-        )
+        return self.add(Pool(name, "avg", self.current, kernel, stride, padding, include, requant))
 
     def add_maps(self) -> str:
         """Add the sum of two maps of one shape, or requantize one map."""
@@ -716,8 +718,8 @@ class _Builder:
         layer = next(layer for layer in self.layers if layer.name == name)
         assert isinstance(layer, Conv)
         if self.native:
-            residual = layer.residual and layer.residual.input
-            grid = self._paper_grid(list(layer.terms), residual) if self.paper else 11
+            residual = layer.residual.input if layer.residual else None
+            grid = self._paper_grid(layer.terms, residual) if self.paper else 11
             return Dequantize(scale=(2.0**-grid,))
         channels = self.types[name].channels
         scales = self.rng.uniform(0.001, 0.01, self.pick(1, channels)).astype(np.float32)
