@@ -1,0 +1,320 @@
+"""What MARS takes: one function per limit; its docstring is the message and the documentation.
+
+A limit looks at a parsed spec (:func:`on_spec`) or at the integer layer made of it
+(:func:`on_layer`), and gives None if it holds, else the value that breaks it. A layer that breaks a
+limit stays on the CPU and the report carries the docstring and the value.
+
+To add one, write a function with the decorator: nothing else refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import attrs
+import numpy as np
+
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import UnsupportedError
+
+from .frontend.patterns import COMPOSITES
+from .frontend.spec import (
+    AddSpec,
+    AvgPoolSpec,
+    Codes,
+    ConvSpec,
+    DequantizeSpec,
+    MaxPoolSpec,
+    QuantizeSpec,
+    Quantizer,
+    ReshapeSpec,
+    Spec,
+    code_range,
+)
+from .graph import Conv, Layer, MapType, Pool, Requant, worst_accumulator
+
+__all__ = ["CONSTRAINTS", "Constraint", "check_layer", "check_spec", "on_layer", "on_spec"]
+
+MAX_CHANNELS = 2**16
+MAX_TAPS = 2048
+MAX_SIZE = 2**14
+MAX_STEP = 255
+
+_CONV = ("conv",)
+_POOLS = ("maxpool", "avgpool")
+_ALL = ("conv", "add", "maxpool", "avgpool", "reshape", "quantize", "dequantize")
+
+
+@attrs.frozen(eq=False)
+class Constraint:
+    """One limit: what it applies to and the function that checks it."""
+
+    stage: Literal["spec", "layer"]
+    kinds: tuple[str, ...]
+    check: Callable[..., str | None]
+
+    @property
+    def text(self) -> str:
+        """The function's docstring on one line, without the full stop."""
+        return " ".join((self.check.__doc__ or "").split()).rstrip(".")
+
+
+CONSTRAINTS: list[Constraint] = []
+
+SpecCheck = Callable[[Any], "str | None"]
+LayerCheck = Callable[[Any, Mapping[str, MapType], MarsArch], "str | None"]
+
+
+def on_spec(*kinds: str) -> Callable[[SpecCheck], SpecCheck]:
+    """Register a limit on specs of these kinds: ``f(spec) -> None or the value``."""
+
+    def register(check: SpecCheck) -> SpecCheck:
+        CONSTRAINTS.append(Constraint("spec", kinds, check))
+        return check
+
+    return register
+
+
+def on_layer(*kinds: str) -> Callable[[LayerCheck], LayerCheck]:
+    """Register a limit on layers of these kinds: ``f(layer, types, arch) -> None or the value``.
+
+    ``types`` has the layer's inputs and the layer itself.
+    """
+
+    def register(check: LayerCheck) -> LayerCheck:
+        CONSTRAINTS.append(Constraint("layer", kinds, check))
+        return check
+
+    return register
+
+
+def check_spec(spec: Spec, where: str = "") -> None:
+    """Check a spec.
+
+    Raises
+    ------
+    UnsupportedError
+        If it breaks a limit, with the limit's text and the value.
+    """
+    _check("spec", spec.kind, where, (spec,))
+
+
+def check_layer(
+    layer: Layer, types: Mapping[str, MapType], arch: MarsArch, where: str = ""
+) -> None:
+    """Check a layer; raises as :func:`check_spec`."""
+    _check("layer", layer.kind, where, (layer, types, arch))
+
+
+def _check(stage: str, kind: str, where: str, arguments: tuple[Any, ...]) -> None:
+    for constraint in CONSTRAINTS:
+        if constraint.stage != stage or kind not in constraint.kinds:
+            continue
+        value = constraint.check(*arguments)
+        if value is not None:
+            raise UnsupportedError(f"{constraint.text}: {value}", where=where)
+
+
+# -- on specs --------------------------------------------------------------------------------------
+
+
+def _map_codes(spec: Spec) -> Iterable[Codes]:
+    if isinstance(spec, ConvSpec):
+        yield from (term.data for term in spec.terms)
+        if spec.residual is not None:
+            yield spec.residual
+    elif isinstance(spec, AddSpec):
+        yield from spec.operands
+    elif isinstance(spec, AvgPoolSpec):
+        yield spec.data
+    elif isinstance(spec, DequantizeSpec):
+        yield spec.codes
+
+
+def _quantizer(spec: Spec) -> Quantizer | None:
+    if isinstance(spec, (ConvSpec, AddSpec, AvgPoolSpec, QuantizeSpec)):
+        return spec.quantizer
+    return None
+
+
+@on_spec(*_ALL)
+def map_codes_are_integers(spec: Spec) -> str | None:
+    """Maps are uint8, int8, uint4 or int4 codes."""
+    dtypes = [codes.dtype for codes in _map_codes(spec)]
+    if isinstance(spec, (MaxPoolSpec, ReshapeSpec)):
+        dtypes.append(spec.dtype)
+    quantizer = _quantizer(spec)
+    if quantizer is not None:
+        dtypes.append(quantizer.codes.dtype)
+    return next((dtype for dtype in dtypes if code_range(dtype) is None), None)
+
+
+@on_spec(*_ALL)
+def maps_have_one_scale(spec: Spec) -> str | None:
+    """A map has one scale and one zero point."""
+    quantizer = _quantizer(spec)
+    found = [*_map_codes(spec), *([quantizer.codes] if quantizer else [])]
+    wrong = next((codes for codes in found if not codes.per_tensor), None)
+    return None if wrong is None else f"{wrong.scale.size} scales"
+
+
+@on_spec(*_ALL)
+def scales_are_positive(spec: Spec) -> str | None:
+    """Scales are finite and greater than zero."""
+    quantizer = _quantizer(spec)
+    scales = [codes.scale for codes in _map_codes(spec)]
+    if quantizer is not None:
+        scales += [quantizer.codes.scale, np.asarray([quantizer.factor])]
+    if isinstance(spec, ConvSpec):
+        scales += [term.weight_scale for term in spec.terms]
+    for scale in scales:
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            return str(float(np.asarray(scale).min()))
+    return None
+
+
+@on_spec("quantize")
+def numbers_are_float32(spec: QuantizeSpec) -> str | None:
+    """Numbers that enter are float32."""
+    return None if spec.dtype == "float32" else spec.dtype
+
+
+@on_spec("dequantize")
+def results_are_float32(spec: DequantizeSpec) -> str | None:
+    """Numbers that leave are float32."""
+    return None if spec.out_dtype == "float32" else spec.out_dtype
+
+
+@on_spec(*_CONV, *_POOLS)
+def layout_is_channels_first(spec: ConvSpec | MaxPoolSpec | AvgPoolSpec) -> str | None:
+    """Maps are laid out NCHW and weights OIHW."""
+    if not isinstance(spec, ConvSpec):
+        return None if spec.layout == "NCHW" else spec.layout
+    layouts = [term.layout for term in spec.terms]
+    return next((layout for layout in layouts if layout != "NCHW/OIHW"), None)
+
+
+@on_spec(*_CONV)
+def weights_are_integers(spec: ConvSpec) -> str | None:
+    """Weights are int8, uint8, int4 or uint4 codes."""
+    dtypes = (term.weight_dtype for term in spec.terms)
+    return next((dtype for dtype in dtypes if code_range(dtype) is None), None)
+
+
+@on_spec(*_CONV)
+def biases_are_finite(spec: ConvSpec) -> str | None:
+    """Biases are finite."""
+    for term in spec.terms:
+        if term.bias is not None and not np.isfinite(term.bias).all():
+            return str(term.bias[~np.isfinite(term.bias)][0])
+    return None
+
+
+@on_spec("add")
+def operands_have_one_shape(spec: AddSpec) -> str | None:
+    """Maps that are added have the same shape."""
+    return None if len(set(spec.shapes)) == 1 else " and ".join(map(str, spec.shapes))
+
+
+@on_spec(*_POOLS)
+def pools_are_not_dilated(spec: MaxPoolSpec | AvgPoolSpec) -> str | None:
+    """Pooling windows are not dilated."""
+    return None if spec.dilation == (1, 1) else str(spec.dilation)
+
+
+@on_spec("avgpool")
+def average_is_rounded_down_in_size(spec: AvgPoolSpec) -> str | None:
+    """An average pool has no window that is only partly inside the padded map (ceil_mode)."""
+    for axis in (0, 1):
+        size = spec.data_shape[1 + axis] + spec.padding[axis] + spec.padding[2 + axis]
+        count = (size - spec.kernel[axis]) // spec.stride[axis] + 1
+        if len(spec.out_shape) == 3 and spec.out_shape[1 + axis] != count:
+            return f"output {spec.out_shape}"
+    return None
+
+
+@on_spec("reshape")
+def reshape_flattens(spec: ReshapeSpec) -> str | None:
+    """A reshape flattens a map, or drops or adds sizes of one."""
+    channels = spec.data_shape[:1]
+    size = int(np.prod(spec.data_shape))
+    if spec.out_shape == (size,):
+        return None
+    same_channels = spec.out_shape[:1] == channels and len(spec.out_shape) == 3
+    if same_channels and (size,) == channels:
+        return None
+    return f"{spec.data_shape} to {spec.out_shape}"
+
+
+# -- on layers -------------------------------------------------------------------------------------
+
+
+@on_layer(*_CONV)
+def accumulators_fit(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """Accumulators fit signed 32 bit whatever the input."""
+    worst = worst_accumulator(layer, types)
+    return None if worst < 2**31 else f"they may reach {worst}"
+
+
+@on_layer("conv", "add", *_POOLS)
+def map_sizes(layer: Layer, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """Maps have at most 65536 channels and 16384 rows and columns."""
+    for name in (*layer.inputs, layer.name):
+        entry = types[name]
+        if entry.channels > MAX_CHANNELS or max(entry.height, entry.width) > MAX_SIZE:
+            return str(entry)
+    return None
+
+
+@on_layer(*_CONV)
+def kernel_taps(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """Kernels have at most 2048 taps."""
+    for term in layer.terms:
+        if term.kernel[0] * term.kernel[1] > MAX_TAPS:
+            return f"{term.kernel[0]} x {term.kernel[1]}"
+    return None
+
+
+@on_layer(*_CONV)
+def conv_steps(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """Strides, dilations and paddings of a convolution are at most 255."""
+    for term in layer.terms:
+        if max(*term.stride, *term.dilation, *term.padding) > MAX_STEP:
+            return f"stride {term.stride}, dilation {term.dilation}, padding {term.padding}"
+    return None
+
+
+@on_layer(*_POOLS)
+def pool_steps(layer: Pool, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """Windows, strides and paddings of a pool are at most 255; padding is less than the window."""
+    top, left, bottom, right = layer.padding
+    if max(*layer.kernel, *layer.stride) > MAX_STEP:
+        return f"window {layer.kernel}, stride {layer.stride}"
+    if max(top, bottom) >= layer.kernel[0] or max(left, right) >= layer.kernel[1]:
+        return f"window {layer.kernel}, padding {layer.padding}"
+    return None
+
+
+@on_layer("conv", "add", *_POOLS)
+def requantization_shift(
+    layer: Layer, types: Mapping[str, MapType], arch: MarsArch
+) -> str | None:
+    """Requantization shifts to the right by at most 62 bits and never to the left."""
+    requant: Requant | None = layer.requant
+    if requant is None or (int(requant.shift.min()) >= 0 and int(requant.shift.max()) <= 62):
+        return None
+    return f"{int(requant.shift.min())}..{int(requant.shift.max())}"
+
+
+# -- the documentation -----------------------------------------------------------------------------
+
+
+def supported_ops() -> str:
+    """Describe in Markdown what MARS takes, generated from the chains and the limits."""
+    lines = ["# What MARS takes", "", "## Operator chains", ""]
+    lines += [f"- `{composite.name}`: {composite.doc}" for composite in COMPOSITES]
+    for kind in _ALL:
+        lines += ["", f"## Limits of {kind}", ""]
+        lines += [f"- {entry.text}." for entry in CONSTRAINTS if kind in entry.kinds]
+    return "\n".join(lines) + "\n"

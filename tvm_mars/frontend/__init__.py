@@ -1,0 +1,1 @@
+"""From importers' operator chains to the integer graph: one description, an adapter for each IR."""

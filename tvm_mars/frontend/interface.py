@@ -1,0 +1,41 @@
+"""How a region is connected: the names of its values, and what else the model consists of."""
+
+from __future__ import annotations
+
+import json
+
+import attrs
+
+__all__ = ["Interface"]
+
+
+@attrs.frozen
+class Interface:
+    """Names of a region's parameters and results, and of the whole model's.
+
+    Parameters
+    ----------
+    index : int
+        The region's position among all, in the order in which they run.
+    inputs, outputs : tuple of str
+        One name for each parameter and result of the region's function. A name is the model's
+        where the value enters or leaves the model, else it is made of positions.
+    model_inputs, model_outputs, host_operators : tuple of str
+        Of the whole model.
+    """
+
+    index: int = 0
+    inputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    outputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    model_inputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    model_outputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    host_operators: tuple[str, ...] = attrs.field(converter=tuple, default=())
+
+    def to_json(self) -> str:
+        """Give the interface as text that :meth:`from_json` reads."""
+        return json.dumps(attrs.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Interface:
+        """Read what :meth:`to_json` wrote."""
+        return cls(**json.loads(text))

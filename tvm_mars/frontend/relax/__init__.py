@@ -1,0 +1,35 @@
+"""The Relax frontend: what ``import tvm_mars`` registers with TVM, and the module passes.
+
+Registered are the chains (``relax.backend.get_patterns_with_prefix("mars.")``), the code generator
+``relax.ext.mars``, the pipeline ``mars`` and the target tag ``mars``.
+"""
+
+from __future__ import annotations
+
+import tvm_ffi
+from tvm import relax, target
+
+from .codegen import codegen, collect_programs, pipeline
+from .partition import offload_report, partition_for_mars, read_region, register_chains
+
+__all__ = [
+    "collect_programs",
+    "offload_report",
+    "partition_for_mars",
+    "pipeline",
+    "read_region",
+    "register",
+]
+
+
+def register() -> None:
+    """Register with TVM, once."""
+    if tvm_ffi.get_global_func("relax.ext.mars", allow_missing=True) is not None:
+        return
+    tvm_ffi.register_global_func("relax.ext.mars", codegen)
+    register_chains()
+    relax.register_pipeline("mars")(pipeline)
+    target.register_tag("mars", {"kind": "llvm", "keys": ["mars", "cpu"]})
+
+
+register()

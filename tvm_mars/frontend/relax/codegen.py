@@ -1,0 +1,188 @@
+"""From regions to TVM modules: ``relax.ext.mars``, the pipeline and the target tag.
+
+A region becomes a small TensorIR function with the region's symbol, compiled by LLVM like the rest
+of the model. It hands its tensors to the packed functions of ``mars_runtime.tvm_bridge``. The
+program travels as base64 text in the module's constants, once for all regions, and is decoded once
+for each process: the functions name it by its digest, never by a pointer or a symbol.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import attrs
+import tvm
+from tvm import relax, te, tirx
+
+from mars_runtime.program import Program
+
+from ...options import CompileOptions
+from ..interface import Interface
+from ..lower import Lowered, lower
+from .partition import INTERFACE, OPTIONS, partition_for_mars, read_region
+
+__all__ = ["codegen", "collect_programs", "pipeline"]
+
+_PROGRAMS: ContextVar[list[Program] | None] = ContextVar("mars_programs", default=None)
+
+
+@attrs.frozen(eq=False)
+class _Piece:
+    """A region's function, its graph and how it is connected."""
+
+    func: relax.Function
+    lowered: Lowered
+    interface: Interface
+
+    @property
+    def symbol(self) -> str:
+        return str(self.func.attrs["global_symbol"])
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The interface's names in the order of the graph's inputs."""
+        return tuple(self.interface.inputs[index] for index in self.lowered.params)
+
+
+@contextlib.contextmanager
+def collect_programs() -> Iterator[list[Program]]:
+    """Collect the programs that are compiled meanwhile in this context."""
+    programs: list[Program] = []
+    token = _PROGRAMS.set(programs)
+    try:
+        yield programs
+    finally:
+        _PROGRAMS.reset(token)
+
+
+def codegen(
+    functions: Sequence[relax.Function], options: Mapping[str, Any], names: Mapping[Any, str]
+) -> list[Any]:
+    """Compile all regions of a module into one program, and a TVM module that runs it.
+
+    TVM's ``RunCodegen`` calls this as ``relax.ext.mars``.
+
+    Parameters
+    ----------
+    functions : sequence of relax.Function
+        The regions.
+    options : mapping
+        Fields of :class:`tvm_mars.CompileOptions`, instead of those of the partitioning.
+    names : mapping
+        TVM's names of the constants, which stay unused: programs hold their own.
+
+    Returns
+    -------
+    list of tvm.runtime.Module
+        One module with a function for each region.
+    """
+    settings = _options(functions, options)
+    pieces = sorted(
+        (_piece(func, settings) for func in functions), key=lambda piece: piece.interface.index
+    )
+    program = _program(pieces, settings)
+    collected = _PROGRAMS.get()
+    if collected is not None:
+        collected.append(program)
+    data = program.to_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    text = base64.b64encode(data).decode("ascii")
+    wrappers = {
+        piece.symbol: _wrapper(piece, region, digest, text) for region, piece in enumerate(pieces)
+    }
+    target = tvm.target.Target.current(allow_none=True) or tvm.target.Target("llvm")
+    return [tvm.compile(tvm.IRModule(wrappers), target=target).mod]
+
+
+def _options(functions: Sequence[relax.Function], given: Mapping[str, Any]) -> CompileOptions:
+    if given:
+        return CompileOptions.from_mapping({str(key): value for key, value in given.items()})
+    return CompileOptions.from_json(str(functions[0].attrs[OPTIONS]))
+
+
+def _piece(func: relax.Function, options: CompileOptions) -> _Piece:
+    interface = Interface.from_json(str(func.attrs[INTERFACE]))
+    return _Piece(func, lower(read_region(func), options.arch), interface)
+
+
+def _program(pieces: Sequence[_Piece], options: CompileOptions) -> Program:
+    from ...compiler import NamedGraph, build  # the compiler proper, loaded when it is needed
+
+    graphs = [
+        NamedGraph(piece.lowered.graph, piece.input_names, piece.interface.outputs)
+        for piece in pieces
+    ]
+    interface = pieces[0].interface
+    return build(
+        graphs,
+        options.arch,
+        inputs=interface.model_inputs,
+        outputs=interface.model_outputs,
+        host_operators=interface.host_operators,
+    )
+
+
+def _wrapper(piece: _Piece, region: int, digest: str, text: str) -> tirx.PrimFunc:
+    """Give the TensorIR function that hands a region's tensors to the runtime."""
+    params = [
+        te.placeholder(list(var.ty.shape.values), _dtype(var.ty), name=f"x{i}")
+        for i, var in enumerate(piece.func.params)
+    ]
+    kind = piece.func.ret_ty
+    results = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
+
+    def body(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        given = [inputs[index] for index in piece.lowered.params]
+        known = tirx.call_packed("mars.runtime.knows", digest)
+        load = tirx.Evaluate(tirx.call_packed("mars.runtime.load", digest, text))
+        run = tirx.call_packed(
+            "mars.runtime.run", digest, region, len(given), *given, *outputs
+        )
+        return tirx.SeqStmt([
+            tirx.IfThenElse(tirx.Cast("int32", known) == 0, load, None),
+            tirx.Evaluate(run),
+        ])
+
+    made = te.extern(
+        [list(result.shape.values) for result in results],
+        params,
+        body,
+        name=piece.symbol,
+        dtype=[_dtype(result) for result in results],
+    )
+    made = list(made) if isinstance(made, (list, tuple)) else [made]
+    func = te.create_prim_func([*params, *made])
+    return func.with_attr("global_symbol", piece.symbol)
+
+
+def _dtype(kind: Any) -> str:
+    return str(kind.dtype.dtype)
+
+
+def pipeline(**opts: Any) -> tvm.transform.Pass:
+    """Give the pipeline ``mars``: partition, compile the regions, build the rest for the CPU.
+
+    Parameters
+    ----------
+    **opts
+        Fields of :class:`tvm_mars.CompileOptions`.
+    """
+    CompileOptions.from_mapping(opts)  # a bad option is an error here, not in the first module
+
+    @tvm.transform.module_pass(opt_level=0, name="mars")
+    def passes(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
+        if not any(_offloaded(func) for _, func in mod.functions_items()):
+            mod = partition_for_mars(mod, **opts)
+        mod = relax.transform.RunCodegen()(mod)
+        return relax.get_pipeline("default_build")(mod)
+
+    return passes
+
+
+def _offloaded(func: Any) -> bool:
+    return bool(func.attrs) and str(func.attrs.get("Codegen", "")) == "mars"

@@ -1,0 +1,75 @@
+"""The offload report: what became of every candidate operator, and why."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import attrs
+
+__all__ = ["Decision", "OffloadReport"]
+
+_LOG = logging.getLogger("tvm_mars")
+
+
+@attrs.frozen
+class Decision:
+    """What became of one operator: its name in the IR, and the reason if the CPU keeps it."""
+
+    name: str
+    op: str
+    offloaded: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        where = "MARS" if self.offloaded else "CPU "
+        return f"{where}  {self.op:<12} {self.name}" + (f": {self.reason}" if self.reason else "")
+
+
+@attrs.frozen
+class OffloadReport:
+    """Decisions in the order of the function, and the operators of any kind left to the CPU.
+
+    ``regions`` is the number of functions that MARS runs.
+    """
+
+    decisions: tuple[Decision, ...] = attrs.field(converter=tuple)
+    host_operators: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    regions: int = 0
+
+    @property
+    def offloaded(self) -> tuple[Decision, ...]:
+        """The decisions for MARS."""
+        return tuple(decision for decision in self.decisions if decision.offloaded)
+
+    @property
+    def rejected(self) -> tuple[Decision, ...]:
+        """The decisions for the CPU."""
+        return tuple(decision for decision in self.decisions if not decision.offloaded)
+
+    def log(self) -> None:
+        """Log each rejection, and a warning if nothing was offloaded."""
+        for decision in self.rejected:
+            _LOG.info("%s %s stays on the CPU: %s", decision.op, decision.name, decision.reason)
+        if not self.offloaded:
+            why = self.rejected[0].reason if self.decisions else "there is no candidate operator"
+            _LOG.warning("nothing was offloaded to MARS: %s", why)
+
+    def __str__(self) -> str:
+        lines = [str(decision) for decision in self.decisions]
+        count = f"{len(self.offloaded)} of {len(self.decisions)} operators"
+        lines.append(f"{count} on MARS, in {self.regions} region(s)")
+        if self.host_operators:
+            lines.append(f"on the CPU: {', '.join(self.host_operators)}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Give the report as text that :meth:`from_json` reads."""
+        return json.dumps(attrs.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> OffloadReport:
+        """Read what :meth:`to_json` wrote."""
+        data = json.loads(text)
+        decisions = [Decision(**decision) for decision in data["decisions"]]
+        return cls(decisions, data["host_operators"], data["regions"])

@@ -1,0 +1,103 @@
+"""The options of a compilation: one frozen class, which reads strings too."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from mars_runtime.arch import MarsArch, load_arch
+from mars_runtime.errors import OptionError
+
+__all__ = ["CompileOptions"]
+
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _option(default: Any, doc: str) -> Any:
+    return attrs.field(default=default, metadata={"doc": doc})
+
+
+@attrs.frozen(kw_only=True)
+class CompileOptions:
+    """How to compile.
+
+    Every way to compile (Python keyword, pipeline, RunCodegen, command line) ends here.
+
+    Examples
+    --------
+    >>> CompileOptions.from_mapping({"arch": "mars-dense", "min_macs": "1000"}).min_macs
+    1000
+    """
+
+    arch: MarsArch = _option(load_arch("mars"), "Preset or .toml file of the machine.")
+    min_macs: int = _option(
+        0, "Regions with fewer multiply-accumulates per image stay on the CPU."
+    )
+    timing: bool = _option(False, "Whether to print how long each stage takes.")
+
+    def __attrs_post_init__(self) -> None:
+        if self.min_macs < 0:
+            raise OptionError(f"{self.min_macs} is negative", where="option min_macs")
+
+    @classmethod
+    def describe(cls) -> dict[str, str]:
+        """Name and meaning of every option."""
+        return {field.name: field.metadata["doc"] for field in attrs.fields(cls)}
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> CompileOptions:
+        """Read options; values may be text, ``arch`` a preset, a file or a mapping of fields.
+
+        Raises
+        ------
+        OptionError
+            If an option is unknown (the nearest names are given) or its value cannot be read.
+        ArchError
+            If the architecture is not good.
+        """
+        known = [field.name for field in attrs.fields(cls)]
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 3, 0.4)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"known: {known}"
+                raise OptionError("no such option", where=f"option {name}", hint=hint)
+            values[name] = _READERS[name](name, value)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Give the options as text that :meth:`from_json` reads."""
+        return json.dumps(attrs.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompileOptions:
+        """Read what :meth:`to_json` wrote."""
+        return cls.from_mapping(json.loads(text))
+
+
+def _read_arch(name: str, value: Any) -> MarsArch:
+    if isinstance(value, Mapping):
+        return MarsArch.from_dict(value)
+    return load_arch(value)
+
+
+def _read_int(name: str, value: Any) -> int:
+    try:
+        return int(value, 0) if isinstance(value, str) else int(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"{value!r} is not an integer", where=f"option {name}") from None
+
+
+def _read_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in _TRUTH:
+        raise OptionError(f"{value!r} is not true or false", where=f"option {name}")
+    return _TRUTH[str(value).lower()]
+
+
+_READERS = {"arch": _read_arch, "min_macs": _read_int, "timing": _read_bool}
