@@ -308,8 +308,7 @@ class _Generator:
         self.steps = fuse_pools(graph)
         self.loads: dict[str, list[_LoadImage]] = {
             entry.layer: [
-                self.image.add_load(packed[entry.layer], load, with_weights)
-                for load in entry.loads
+                self.image.add_load(packed[entry.layer], load, with_weights) for load in entry.loads
             ]
             for entry in schedule.layers
         }
@@ -317,7 +316,7 @@ class _Generator:
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
         self.rings: dict[object, int] = {}
-        self.settings: dict[tuple[int, object], isa.Instruction] = {}
+        self.settings: dict[tuple[int, object], object] = {}
         self.staged: dict[Place, tuple[str, Window]] = {}
 
     def region(
@@ -554,7 +553,7 @@ class _Generator:
         if not stale:
             return
         for core in stale:
-            self.settings[core, "apw"] = key  # type: ignore[assignment]
+            self.settings[core, "apw"] = key
         lanes = tuple(("compute", core) for core in stale)
         self.out.emit(attrs.evolve(setting, cores=_mask(stale)), lanes)
         if residual:
@@ -751,9 +750,7 @@ class _Generator:
             return
         finished = sorted(piece.block for pieces in load.cores for piece in pieces if piece.last)
         for first, count in _runs(finished):
-            self._move(
-                isa.MOVE_OUT, step.output, window, schedule.place, first, count, kind.blocks
-            )
+            self._move(isa.MOVE_OUT, step.output, window, schedule.place, first, count, kind.blocks)
 
     def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> isa.Apw:
         requant = layer.requant

@@ -23,8 +23,8 @@ class NamedGraph:
     """A graph with the model's names of its inputs and outputs."""
 
     graph: Graph
-    inputs: tuple[str, ...] = attrs.field(converter=tuple)
-    outputs: tuple[str, ...] = attrs.field(converter=tuple)
+    inputs: tuple[str, ...] = attrs.field(converter=tuple[str, ...])
+    outputs: tuple[str, ...] = attrs.field(converter=tuple[str, ...])
 
     @classmethod
     def of(cls, graph: Graph) -> NamedGraph:

@@ -16,7 +16,7 @@ machine then needs no multiplier (a shift, a subtraction, a rounding), see :attr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -53,7 +53,9 @@ class GraphError(MarsError, ValueError):
     """A graph contradicts itself."""
 
 
-def _array(dtype: npt.DTypeLike) -> Any:
+def _array(dtype: npt.DTypeLike) -> Callable[[npt.ArrayLike], IntArray]:
+    """Make a converter to read-only arrays that refuses values which do not fit."""
+
     def convert(value: npt.ArrayLike) -> IntArray:
         given = np.asarray(value)
         array = np.ascontiguousarray(given, dtype=dtype)
@@ -62,11 +64,14 @@ def _array(dtype: npt.DTypeLike) -> Any:
         array.flags.writeable = False
         return array
 
-    return attrs.field(converter=convert, eq=attrs.cmp_using(eq=np.array_equal), repr=_array_repr)
+    return convert
 
 
 def _array_repr(array: IntArray) -> str:
     return f"{array.dtype}{list(array.shape)}"
+
+
+_BY_VALUE = attrs.cmp_using(eq=np.array_equal)
 
 
 @attrs.frozen
@@ -86,8 +91,8 @@ class Requant:
         Clamp of the codes, within ``0 .. 2**bits - 1``; a ReLU is ``low = zero_point``.
     """
 
-    multiplier: IntArray = _array(np.int32)
-    shift: IntArray = _array(np.int8)
+    multiplier: IntArray = attrs.field(converter=_array(np.int32), eq=_BY_VALUE, repr=_array_repr)
+    shift: IntArray = attrs.field(converter=_array(np.int8), eq=_BY_VALUE, repr=_array_repr)
     bits: int
     zero_point: int
     low: int
@@ -114,15 +119,13 @@ class Requant:
         multiplier = self.multiplier.astype(np.int64)[:, None, None]
         divisor = np.int64(1) << self.shift.astype(np.int64)[:, None, None]
         code = divide_half_even(acc * multiplier, divisor * count) + self.zero_point
-        return np.clip(code, self.low, self.high)
+        return np.asarray(np.clip(code, self.low, self.high))
 
     def __str__(self) -> str:
         if self.native:
             return f"eq5 >>{int(self.shift[0])} u{self.bits}"
         per = "tensor" if self.multiplier.size == 1 else "channel"
-        return (
-            f"multiplier per {per} u{self.bits} z{self.zero_point} clamp {self.low}..{self.high}"
-        )
+        return f"multiplier per {per} u{self.bits} z{self.zero_point} clamp {self.low}..{self.high}"
 
 
 @attrs.frozen
@@ -146,7 +149,7 @@ class ConvTerm:
     """
 
     input: str
-    weight: IntArray = _array(np.int8)
+    weight: IntArray = attrs.field(converter=_array(np.int8), eq=_BY_VALUE, repr=_array_repr)
     weight_bits: int = 8
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -178,7 +181,7 @@ class Conv:
 
     name: str
     terms: tuple[ConvTerm, ...] = attrs.field(converter=tuple[ConvTerm, ...])
-    bias: IntArray = _array(np.int32)
+    bias: IntArray = attrs.field(converter=_array(np.int32), eq=_BY_VALUE, repr=_array_repr)
     requant: Requant | None = None
     residual: Residual | None = None
 

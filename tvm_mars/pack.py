@@ -155,9 +155,7 @@ def _group_window(term: ConvTerm, first: int) -> tuple[npt.NDArray[np.int8], int
     groups = (first + np.arange(len(weight))) // outputs_per_group
     base = int(groups[0]) * per_group // WORD_CHANNELS
     stop = -(-(int(groups[-1]) + 1) * per_group // WORD_CHANNELS)
-    window = np.zeros(
-        (len(weight), (stop - base) * WORD_CHANNELS, *weight.shape[2:]), np.int8
-    )
+    window = np.zeros((len(weight), (stop - base) * WORD_CHANNELS, *weight.shape[2:]), np.int8)
     for kernel, group in enumerate(groups):
         at = int(group) * per_group - base * WORD_CHANNELS
         window[kernel, at : at + per_group] = weight[kernel]
@@ -177,12 +175,10 @@ def _blocked(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     return flat.reshape(outputs, WORD_CHANNELS, inputs, WORD_CHANNELS, taps)
 
 
-def _select(
-    grid: npt.NDArray[np.int8], input_base: int, zero_skipping: bool
-) -> list[BlockParts]:
+def _select(grid: npt.NDArray[np.int8], input_base: int, zero_skipping: bool) -> list[BlockParts]:
     outputs, _, inputs, _, taps = grid.shape
     if zero_skipping:
-        kept = grid.any(axis=(1, 3)).transpose(0, 2, 1)
+        kept = np.asarray(grid.any(axis=(1, 3))).transpose(0, 2, 1)
     else:
         kept = np.ones((outputs, taps, inputs), bool)
     out, tap, block = np.nonzero(kept)

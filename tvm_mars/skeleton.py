@@ -54,10 +54,11 @@ def graph_from_json(text: str) -> Graph:
         If the text does not describe a graph.
     """
     try:
-        return _converter().structure(json.loads(text), Graph)
+        graph: Graph = _converter().structure(json.loads(text), Graph)
     except (ValueError, TypeError, KeyError, cattrs.BaseValidationError) as error:
         raise ProgramError(
             f"its network description cannot be read: {error}",
             where="program",
             hint="compile the network again",
         ) from None
+    return graph

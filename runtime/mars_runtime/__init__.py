@@ -16,16 +16,19 @@ from .errors import (
     ProgramError,
     UnsupportedError,
 )
-from .machine import Machine, Timeline, simulate
+from .machine import Machine, simulate
 from .program import Program, Region, load_cached
 from .run import run, run_region
+from .timeline import Counters, LayerTime, Timeline
 
 __all__ = [
     "PRESETS",
     "ArchError",
     "CapacityError",
+    "Counters",
     "Energy",
     "InputError",
+    "LayerTime",
     "Machine",
     "MachineError",
     "MarsArch",

@@ -300,7 +300,7 @@ class MarsArch:
     def replace(self, changes: Mapping[str, object]) -> MarsArch:
         """Give this architecture with some fields changed; strings are read as their type."""
         fields = {f.name: f for f in attrs.fields(type(self))}
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, 3)

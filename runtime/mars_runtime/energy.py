@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from .arch import MarsArch
-from .machine import Counters
+from .timeline import Counters
 
 __all__ = ["Energy", "energy_of"]
 

@@ -90,9 +90,7 @@ def unpack_map(words: npt.NDArray[np.uint8], type: MapType) -> npt.NDArray[Any]:
         raw = np.ascontiguousarray(words).view("<i4")
         shaped = raw.reshape(images, type.blocks, type.height, type.width, WORD_CHANNELS)
     else:
-        grid = words.reshape(
-            images, type.planes, type.blocks, type.height, type.width, WORD_BYTES
-        )
+        grid = words.reshape(images, type.planes, type.blocks, type.height, type.width, WORD_BYTES)
         shaped = join_nibbles(grid.swapaxes(0, 1))
     channels = shaped.transpose(0, 1, 4, 2, 3).reshape(images, -1, type.height, type.width)
     return np.ascontiguousarray(channels[:, : type.channels])

@@ -24,7 +24,6 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +188,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink()
         raise
 
 
@@ -280,7 +279,8 @@ def _structure(payload: memoryview, where: str) -> Program:
                 at += size
         if at != len(payload):
             raise ProgramError(f"has {len(payload) - at} bytes too many", where=where)
-        return _converter().structure(index, Program)
+        program: Program = _converter().structure(index, Program)
+        return program
     except MarsError:
         raise
     except (
@@ -306,7 +306,8 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
             f"{region.image_bytes}, has {arch.offchip_bytes}",
             where=where,
         )
-    for port in (*region.inputs, *region.outputs):
+    ports: tuple[InputPort | OutputPort, ...] = (*region.inputs, *region.outputs)
+    for port in ports:
         kind = port.type
         sizes_match = _volume(port.shape) == kind.channels * kind.height * kind.width
         if (
@@ -328,12 +329,12 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
             )
         if out.dequantize.dtype not in ("float32", "uint8", "int8", "int32"):
             raise ProgramError(f"port {out.name!r} gives {out.dequantize.dtype}", where=where)
-    for port in region.inputs:
-        if port.quantize.dtype not in ("float32", "uint8", "int8"):
-            raise ProgramError(f"port {port.name!r} takes {port.quantize.dtype}", where=where)
-        if not 0 <= port.quantize.high - port.quantize.low < 2**port.type.bits:
+    for entry in region.inputs:
+        if entry.quantize.dtype not in ("float32", "uint8", "int8"):
+            raise ProgramError(f"port {entry.name!r} takes {entry.quantize.dtype}", where=where)
+        if not 0 <= entry.quantize.high - entry.quantize.low < 2**entry.type.bits:
             raise ProgramError(
-                f"port {port.name!r} has codes {port.quantize.low}..{port.quantize.high}",
+                f"port {entry.name!r} has codes {entry.quantize.low}..{entry.quantize.high}",
                 where=where,
             )
     at = 0
@@ -385,8 +386,3 @@ def load_cached(data: bytes | memoryview) -> Program:
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return program
-
-
-def port_table(ports: Mapping[str, object]) -> str:
-    """Name ports in an error message."""
-    return ", ".join(sorted(ports)) or "none"

@@ -72,7 +72,7 @@ class Quantize:
         if self.factor != 1.0:
             x = x * np.float32(self.factor)
         steps = np.rint(x / np.float32(self.scale)) + np.float32(self.zero_point)
-        return (np.clip(steps, self.low, self.high) - self.low).astype(np.uint8)
+        return np.asarray(np.clip(steps, self.low, self.high) - self.low).astype(np.uint8)
 
     def __str__(self) -> str:
         if self.dtype in _INTEGER_TYPES:

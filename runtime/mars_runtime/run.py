@@ -106,9 +106,7 @@ def run_region(program: Program, number: int, inputs: Sequence[Array]) -> list[A
 
 def _codes(region: Region, inputs: Sequence[Array]) -> list[Array]:
     if len(inputs) != len(region.inputs):
-        raise InputError(
-            f"{len(inputs)} arrays for {len(region.inputs)} inputs", where="region"
-        )
+        raise InputError(f"{len(inputs)} arrays for {len(region.inputs)} inputs", where="region")
     found = []
     for port, array in zip(region.inputs, inputs, strict=True):
         where = f"input {port.name}"

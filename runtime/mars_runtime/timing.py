@@ -132,9 +132,7 @@ def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:
         codes += isa.CODE_BYTES * len(taps)
         following = _following(index, descriptor, segment)
         if following is None or following.out_block != segment.out_block or segment.last:
-            visits.append(
-                Visit(segment.out_block, first, bool(segment.last), tuple(open_segments))
-            )
+            visits.append(Visit(segment.out_block, first, bool(segment.last), tuple(open_segments)))
             open_segments = []
         elif following.first:
             raise MachineError(f"block {segment.out_block} starts again within its visit")
@@ -155,9 +153,7 @@ def _word(index: bytes, at: int, size: int, what: str) -> int:
     return int.from_bytes(index[at : at + size], "little")
 
 
-def _codes(
-    index: bytes, at: int, segment: isa.Segment
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _codes(index: bytes, at: int, segment: isa.Segment) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if segment.empty:
         return (), ()
     head = isa.unpack_word(isa.IndexCode, _word(index, at, isa.CODE_BYTES, "index code"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ def segment_bounds(block: PackedBlock, start: int, stop: int) -> list[tuple[int,
     bounds = [start, *(int(change) for change in changes), stop]
     return [
         (at, min(at + isa.GROUP_SETS_PER_SEGMENT, end))
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for begin, end in itertools.pairwise(bounds)
         for at in range(begin, end, isa.GROUP_SETS_PER_SEGMENT)
     ]
 

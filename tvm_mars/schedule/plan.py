@@ -122,9 +122,7 @@ def input_windows(
     layer = step.layer
     if isinstance(layer, Pool):
         return (
-            _windowed(
-                tile, layer.kernel, layer.stride, (1, 1), layer.padding, types[layer.input]
-            ),
+            _windowed(tile, layer.kernel, layer.stride, (1, 1), layer.padding, types[layer.input]),
         )
     ph, pw = step.pooling
     pixels = (tile[0] * ph, tile[1] * pw, tile[2] * ph, tile[3] * pw)
@@ -132,9 +130,7 @@ def input_windows(
         whole = Window(*pixels, (0, 0))
         return tuple(whole for _ in layer.operands)
     windows = [
-        _windowed(
-            pixels, term.kernel, term.stride, term.dilation, term.padding, types[term.input]
-        )
+        _windowed(pixels, term.kernel, term.stride, term.dilation, term.padding, types[term.input])
         for term in layer.terms
     ]
     if layer.residual:
@@ -196,9 +192,7 @@ class _NoRoom(Exception):
 
 
 class _Planner:
-    def __init__(
-        self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]
-    ) -> None:
+    def __init__(self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> None:
         self.graph, self.arch, self.types = graph, arch, graph.types
         self.steps = fuse_pools(graph)
         self.left = {out.value for out in graph.outputs}
@@ -219,14 +213,15 @@ class _Planner:
 
     def plan(self) -> Schedule:
         spilled = {entry.name for entry in self.graph.inputs}
-        inputs = frozenset(spilled)
+        consumers = self.graph.consumers()
         while True:
             try:
                 layers = self._attempt(spilled)
             except _NoRoom as full:
                 spilled.add(self._victim(full.index, spilled))
             else:
-                return Schedule(tuple(layers), tuple(sorted(spilled - inputs)))
+                spills = [e.output for e in layers if e.output_staged and consumers[e.output]]
+                return Schedule(tuple(layers), tuple(spills))
 
     def _victim(self, index: int, spilled: set[str]) -> str:
         """Choose the value to spill: alive at this step, next used furthest away, then largest."""
@@ -245,7 +240,7 @@ class _Planner:
                 have=have,
                 unit="words",
                 hint="leave this operator to the CPU, or enlarge bank_bits",
-            )
+            ) from None
 
         def priority(name: str) -> tuple[int, int, str]:
             uses = [i for i in range(index, len(self.steps)) if self._reads(i, name)]
@@ -401,8 +396,7 @@ class _Planner:
         order: Literal["tiles", "loads"] = "tiles"
         repeat_loads, repeat_moves = tiles, 1
         if len(loads) <= 1 or (
-            partial != "bank"
-            and load_cycles + len(loads) * move_in < tiles * load_cycles + move_in
+            partial != "bank" and load_cycles + len(loads) * move_in < tiles * load_cycles + move_in
         ):
             order, repeat_loads, repeat_moves = "loads", 1, max(1, len(loads))
         cost = repeat_loads * load_cycles + repeat_moves * move_in
@@ -456,7 +450,8 @@ def staging_sizes(
     """
     layer, out = step.layer, types[step.output]
     sizes: dict[Item, int] = {}
-    for i, (name, window) in enumerate(zip(layer.inputs, _extent_windows(step, types, tile))):
+    windows = _extent_windows(step, types, tile)
+    for i, (name, window) in enumerate(zip(layer.inputs, windows, strict=True)):
         if name in resident:
             continue
         source = types[name]
