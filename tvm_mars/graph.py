@@ -53,18 +53,22 @@ class GraphError(MarsError, ValueError):
     """A graph contradicts itself."""
 
 
-def _array(dtype: npt.DTypeLike) -> Callable[[npt.ArrayLike], IntArray]:
-    """Make a converter to read-only arrays that refuses values which do not fit."""
+def _int8_array(value: npt.ArrayLike) -> IntArray:
+    return _array(value, np.int8)
 
-    def convert(value: npt.ArrayLike) -> IntArray:
-        given = np.asarray(value)
-        array = np.ascontiguousarray(given, dtype=dtype)
-        if not np.array_equal(array, given):
-            raise GraphError(f"values do not fit {np.dtype(dtype)}")
-        array.flags.writeable = False
-        return array
 
-    return convert
+def _int32_array(value: npt.ArrayLike) -> IntArray:
+    return _array(value, np.int32)
+
+
+def _array(value: npt.ArrayLike, dtype: npt.DTypeLike) -> IntArray:
+    """Give a read-only array of the type, or refuse values that do not fit it."""
+    given = np.asarray(value)
+    array: IntArray = given.astype(dtype, order="C")
+    if not np.array_equal(array, given):
+        raise GraphError(f"values do not fit {np.dtype(dtype)}")
+    array.flags.writeable = False
+    return array
 
 
 def _array_repr(array: IntArray) -> str:
@@ -91,8 +95,8 @@ class Requant:
         Clamp of the codes, within ``0 .. 2**bits - 1``; a ReLU is ``low = zero_point``.
     """
 
-    multiplier: IntArray = attrs.field(converter=_array(np.int32), eq=_BY_VALUE, repr=_array_repr)
-    shift: IntArray = attrs.field(converter=_array(np.int8), eq=_BY_VALUE, repr=_array_repr)
+    multiplier: IntArray = attrs.field(converter=_int32_array, eq=_BY_VALUE, repr=_array_repr)
+    shift: IntArray = attrs.field(converter=_int8_array, eq=_BY_VALUE, repr=_array_repr)
     bits: int
     zero_point: int
     low: int
@@ -149,7 +153,7 @@ class ConvTerm:
     """
 
     input: str
-    weight: IntArray = attrs.field(converter=_array(np.int8), eq=_BY_VALUE, repr=_array_repr)
+    weight: IntArray = attrs.field(converter=_int8_array, eq=_BY_VALUE, repr=_array_repr)
     weight_bits: int = 8
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -181,7 +185,7 @@ class Conv:
 
     name: str
     terms: tuple[ConvTerm, ...] = attrs.field(converter=tuple[ConvTerm, ...])
-    bias: IntArray = attrs.field(converter=_array(np.int32), eq=_BY_VALUE, repr=_array_repr)
+    bias: IntArray = attrs.field(converter=_int32_array, eq=_BY_VALUE, repr=_array_repr)
     requant: Requant | None = None
     residual: Residual | None = None
 

@@ -341,7 +341,7 @@ def _apw_codes(apw: isa.Apw, acc: Array, multiplier: Array, shift: Array) -> Arr
         if shift.size and shift.max() > 62:
             raise MachineError(f"requantization shift {shift.max()} above 62")
         code = divide_half_even(acc * multiplier, np.int64(1) << shift)
-        return np.clip(code + apw.zero, apw.low, apw.high)
+        return np.asarray(np.clip(code + apw.zero, apw.low, apw.high))
     top = 255 if apw.wide else 15
     one = np.int64(1) << np.int64(apw.shift)
     clamped = np.clip(acc, 0, one)
