@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
+
 from mars_runtime.errors import CapacityError, UnsupportedError
 from mars_runtime.quantize import Dequantize, Quantize
 from mars_runtime.rounding import divide_half_even
-from onnx import numpy_helper
-
 from python_tests.random_graphs import random_graph
 from tvm_mars.graph import (
     Add,
@@ -74,7 +74,7 @@ def test_bound_of_float32_is_sharp():
     assert np.array_equal(run(to_onnx(good), {"x0": x})[0], evaluate(good, {"x0": x})[0])
     bad = single(attrs.evolve(wide_conv(0, room + 1), requant=Requant.eq5(8, 16)), entry)
     with pytest.raises(
-        CapacityError, match="conv0: accumulators.*needs 16777216, has 16777215"
+        CapacityError, match=r"conv0: accumulators.*needs 16777216, has 16777215"
     ) as e:
         to_onnx(bad)
     assert (e.value.need, e.value.have) == (2**24, 2**24 - 1)
@@ -129,7 +129,7 @@ def test_average_of_few_codes_survives_two_roundings(bits_in, bits):
 
 def test_average_pool_bound():
     check_exact(single(average((16, 16), 8), native_input(1, 16, 16)))
-    with pytest.raises(CapacityError, match="avgpool0: the sum of the window.*needs 17825792"):
+    with pytest.raises(CapacityError, match=r"avgpool0: the sum of the window.*needs 17825792"):
         check_exact(single(average((16, 17), 8), native_input(1, 16, 17)))
 
 
