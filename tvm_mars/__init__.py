@@ -1,0 +1,54 @@
+"""tvm-mars: quantized CNNs through TVM onto MARS, a compute-in-memory accelerator.
+
+Importing this package stays quick and needs no TVM. What it adds to TVM (the chains, the code
+generator ``relax.ext.mars``, the pipeline and the target tag ``mars``) is registered when both are
+there: at ``import tvm_mars`` if TVM has been imported, at ``import tvm`` through TVM's entry point
+group ``tvm.backends`` (which an installation of this package fills), and at the latest when one of
+the functions below that need TVM is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mars_runtime.arch import MarsArch
+
+from .options import CompileOptions
+
+if TYPE_CHECKING:
+    from .constraints import supported_ops
+    from .frontend.relax import CompiledModel, compile, offload_report, partition_for_mars
+
+__all__ = [
+    "CompileOptions",
+    "CompiledModel",
+    "MarsArch",
+    "compile",
+    "offload_report",
+    "partition_for_mars",
+    "supported_ops",
+]
+
+_HOMES = {
+    "CompiledModel": ".frontend.relax",
+    "compile": ".frontend.relax",
+    "offload_report": ".frontend.relax",
+    "partition_for_mars": ".frontend.relax",
+    "supported_ops": ".constraints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if "tvm.relax" in sys.modules:
+    importlib.import_module(".frontend.relax", __name__)

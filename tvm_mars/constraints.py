@@ -26,15 +26,23 @@ from .frontend.spec import (
     ConvSpec,
     DequantizeSpec,
     MaxPoolSpec,
-    QuantizeSpec,
     Quantizer,
+    QuantizeSpec,
     ReshapeSpec,
     Spec,
     code_range,
 )
 from .graph import Conv, Layer, MapType, Pool, Requant, worst_accumulator
 
-__all__ = ["CONSTRAINTS", "Constraint", "check_layer", "check_spec", "on_layer", "on_spec"]
+__all__ = [
+    "CONSTRAINTS",
+    "Constraint",
+    "check_layer",
+    "check_spec",
+    "on_layer",
+    "on_spec",
+    "supported_ops",
+]
 
 MAX_CHANNELS = 2**16
 MAX_TAPS = 2048
@@ -297,9 +305,7 @@ def pool_steps(layer: Pool, types: Mapping[str, MapType], arch: MarsArch) -> str
 
 
 @on_layer("conv", "add", *_POOLS)
-def requantization_shift(
-    layer: Layer, types: Mapping[str, MapType], arch: MarsArch
-) -> str | None:
+def requantization_shift(layer: Layer, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
     """Requantization shifts to the right by at most 62 bits and never to the left."""
     requant: Requant | None = layer.requant
     if requant is None or (int(requant.shift.min()) >= 0 and int(requant.shift.max()) <= 62):

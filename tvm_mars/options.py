@@ -14,8 +14,6 @@ from mars_runtime.errors import OptionError
 
 __all__ = ["CompileOptions"]
 
-_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
 
 def _option(default: Any, doc: str) -> Any:
     return attrs.field(default=default, metadata={"doc": doc})
@@ -34,10 +32,7 @@ class CompileOptions:
     """
 
     arch: MarsArch = _option(load_arch("mars"), "Preset or .toml file of the machine.")
-    min_macs: int = _option(
-        0, "Regions with fewer multiply-accumulates per image stay on the CPU."
-    )
-    timing: bool = _option(False, "Whether to print how long each stage takes.")
+    min_macs: int = _option(0, "Regions with fewer multiply-accumulates per image stay on the CPU.")
 
     def __attrs_post_init__(self) -> None:
         if self.min_macs < 0:
@@ -92,12 +87,4 @@ def _read_int(name: str, value: Any) -> int:
         raise OptionError(f"{value!r} is not an integer", where=f"option {name}") from None
 
 
-def _read_bool(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in _TRUTH:
-        raise OptionError(f"{value!r} is not true or false", where=f"option {name}")
-    return _TRUTH[str(value).lower()]
-
-
-_READERS = {"arch": _read_arch, "min_macs": _read_int, "timing": _read_bool}
+_READERS = {"arch": _read_arch, "min_macs": _read_int}

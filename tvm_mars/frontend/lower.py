@@ -40,8 +40,8 @@ from .spec import (
     ConvSpec,
     DequantizeSpec,
     MaxPoolSpec,
-    QuantizeSpec,
     Quantizer,
+    QuantizeSpec,
     ReshapeSpec,
     Spec,
     TermSpec,
@@ -180,9 +180,7 @@ def _stored_range(quantizer: Quantizer) -> tuple[int, int, int, int]:
     assert found is not None  # map_codes_are_integers
     zero = int(quantizer.codes.zero_point[0])
     factor = quantizer.factor / float(quantizer.codes.scale[0])
-    low, high = (
-        int(np.clip(np.rint(bound * factor) + zero, *found)) for bound in quantizer.clip
-    )
+    low, high = (int(np.clip(np.rint(bound * factor) + zero, *found)) for bound in quantizer.clip)
     for base in (0, -8):
         if base >= found[0] and base <= low and high <= base + 15:
             return base, 4, low, high
@@ -424,9 +422,7 @@ class _Lowering:
         channels = len(layer.bias)
         if layer.requant is None:
             return MapType(channels, size[0], size[1], 32)
-        return MapType(
-            channels, size[0], size[1], layer.requant.bits, layer.requant.zero_point
-        )
+        return MapType(channels, size[0], size[1], layer.requant.bits, layer.requant.zero_point)
 
     def _add(self, call: Call) -> _Map:
         spec: AddSpec = call.spec  # type: ignore[assignment]
@@ -454,9 +450,7 @@ class _Lowering:
     def _maxpool(self, call: Call) -> _Map:
         spec: MaxPoolSpec = call.spec  # type: ignore[assignment]
         source = self._plain(call.operands[0], None)
-        layer = Pool(
-            self._name("maxpool"), "max", source, spec.kernel, spec.stride, spec.padding
-        )
+        layer = Pool(self._name("maxpool"), "max", source, spec.kernel, spec.stride, spec.padding)
         _, height, width = spec.out_shape
         kind = attrs.evolve(self.types[source], height=height, width=width)
         name = self._layer(layer, kind, call.result)

@@ -28,8 +28,8 @@ from .spec import (
     ConvSpec,
     DequantizeSpec,
     MaxPoolSpec,
-    QuantizeSpec,
     Quantizer,
+    QuantizeSpec,
     ReshapeSpec,
     Spec,
     TermSpec,
@@ -581,7 +581,6 @@ def _accumulators(name: str, product: Callable[[str], Op]) -> Iterator[Composite
             _CONV_OPERANDS,
             f"{name} {what}, whose accumulators leave as numbers",
         )
-
 
 
 # In order of priority: a longer chain first.

@@ -233,11 +233,5 @@ class DequantizeSpec:
 
 
 Spec: TypeAlias = (
-    ConvSpec
-    | AddSpec
-    | MaxPoolSpec
-    | AvgPoolSpec
-    | ReshapeSpec
-    | QuantizeSpec
-    | DequantizeSpec
+    ConvSpec | AddSpec | MaxPoolSpec | AvgPoolSpec | ReshapeSpec | QuantizeSpec | DequantizeSpec
 )

@@ -9,11 +9,14 @@ from __future__ import annotations
 import tvm_ffi
 from tvm import relax, target
 
-from .codegen import codegen, collect_programs, pipeline
-from .partition import offload_report, partition_for_mars, read_region, register_chains
+from .api import CompiledModel, compile
+from .codegen import codegen, pipeline
+from .partition import offload_report, partition_for_mars, register_chains
+from .regions import read_region
 
 __all__ = [
-    "collect_programs",
+    "CompiledModel",
+    "compile",
     "offload_report",
     "partition_for_mars",
     "pipeline",

@@ -24,7 +24,8 @@ from mars_runtime.program import Program
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Lowered, lower
-from .partition import INTERFACE, OPTIONS, partition_for_mars, read_region
+from .partition import REPORT, partition_for_mars
+from .regions import INTERFACE, OPTIONS, read_region
 
 __all__ = ["codegen", "collect_programs", "pipeline"]
 
@@ -140,13 +141,13 @@ def _wrapper(piece: _Piece, region: int, digest: str, text: str) -> tirx.PrimFun
         given = [inputs[index] for index in piece.lowered.params]
         known = tirx.call_packed("mars.runtime.knows", digest)
         load = tirx.Evaluate(tirx.call_packed("mars.runtime.load", digest, text))
-        run = tirx.call_packed(
-            "mars.runtime.run", digest, region, len(given), *given, *outputs
+        run = tirx.call_packed("mars.runtime.run", digest, region, len(given), *given, *outputs)
+        return tirx.SeqStmt(
+            [
+                tirx.IfThenElse(tirx.Cast("int32", known) == 0, load, None),
+                tirx.Evaluate(run),
+            ]
         )
-        return tirx.SeqStmt([
-            tirx.IfThenElse(tirx.Cast("int32", known) == 0, load, None),
-            tirx.Evaluate(run),
-        ])
 
     made = te.extern(
         [list(result.shape.values) for result in results],
@@ -176,13 +177,9 @@ def pipeline(**opts: Any) -> tvm.transform.Pass:
 
     @tvm.transform.module_pass(opt_level=0, name="mars")
     def passes(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
-        if not any(_offloaded(func) for _, func in mod.functions_items()):
+        if not (mod.attrs and REPORT in mod.attrs):
             mod = partition_for_mars(mod, **opts)
         mod = relax.transform.RunCodegen()(mod)
         return relax.get_pipeline("default_build")(mod)
 
     return passes
-
-
-def _offloaded(func: Any) -> bool:
-    return bool(func.attrs) and str(func.attrs.get("Codegen", "")) == "mars"

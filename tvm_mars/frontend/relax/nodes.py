@@ -1,4 +1,4 @@
-"""Relax expressions as the trees that the chains are matched and parsed on, and back to patterns."""
+"""Relax expressions as trees that chains are matched and parsed on; chains as Relax patterns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from tvm.relax import dpl
 
 from ..patterns import Const, Either, Node, Op, Pattern, Value
 
-__all__ = ["is_constant", "operator", "rebuild", "recall", "sizes", "to_dpl", "tree"]
+__all__ = [
+    "is_constant",
+    "operator",
+    "origin",
+    "rebuild",
+    "recall",
+    "sizes",
+    "to_dpl",
+    "tree",
+    "with_origin",
+]
 
 _NAMES = {
     "relax.add": "add",
@@ -90,6 +100,7 @@ def tree(
     while isinstance(expr, relax.Var) and expr in bindings:
         name = expr.name
         expr = bindings[expr]
+    name = origin(expr) or name
     if is_constant(expr):
         value = np.from_dlpack(expr.value)
         return Node("const", shape=value.shape, dtype=str(value.dtype), value=value, name=name)
@@ -126,11 +137,26 @@ def rebuild(func: relax.Function, visit: Callable[[Any], Iterable[Any]]) -> rela
     return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
 
 
-def recall(call: relax.Call, op: Any, args: Sequence[Any]) -> relax.Call:
+def recall(call: relax.Call, op: Any, args: Sequence[Any], span: Any = None) -> relax.Call:
     """Give a call of the same type to another function or with other arguments."""
-    new = relax.Call(op, list(args), call.attrs, call.ty_args)
+    new = relax.Call(op, list(args), call.attrs, call.ty_args, span or call.span)
     relax.expr._update_type(new, call.ty)
     return new
+
+
+def with_origin(binding: Any) -> Any:
+    """Let a call remember the variable that it is bound to now; passes rename variables."""
+    call = binding.value
+    if not isinstance(call, relax.Call):
+        return binding
+    span = tvm.ir.Span(tvm.ir.SourceName(binding.var.name), 0, 0, 0, 0)
+    return relax.VarBinding(binding.var, recall(call, call.op, call.args, span))
+
+
+def origin(call: Any) -> str:
+    """Give the name that :func:`with_origin` stored, or nothing."""
+    span = call.span if isinstance(call, relax.Call) else None
+    return str(span.source_name.name) if span is not None else ""
 
 
 def to_dpl(pattern: Pattern) -> dpl.DFPattern:

@@ -5,8 +5,8 @@ One walk over each dataflow block:
 - every operator of a chain gets a dequantize of its own, so that no two chains share one;
 - max pool, reshape, squeeze and padding move from dequantized numbers to the codes before (a
   dequantize with one positive scale is monotone and works on each element by itself);
-- a quantize of just dequantized codes with the same scale and zero point is those codes (the float32
-  quotient is within half a step of the integer);
+- a quantize of just dequantized codes with the same scale and zero point is those codes (the
+  float32 quotient is within half a step of the integer);
 - a reshape of numbers moves behind the clip, multiply and quantize that follow it;
 - the TensorIR functions that the ONNX importer makes of Clip and Pad become operators again.
 
@@ -22,7 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from .nodes import is_constant, operator, rebuild, sizes
+from .nodes import is_constant, operator, rebuild, sizes, with_origin
 
 __all__ = ["normal_form"]
 
@@ -78,7 +78,7 @@ class _Walk:
             self.call(binding.var, binding.value)
         else:
             self.keep(binding)
-        return self.bindings
+        return [with_origin(entry) for entry in self.bindings]
 
     # -- emitting --
 
@@ -220,9 +220,7 @@ class _Walk:
             attributes = relax.op.quantize(
                 value.base, *others, axis=0, out_dtype=attributes.out_dtype
             ).attrs
-        base = self.emit(
-            var.name, relax.Call(call.op, [value.base, *others], attributes, [])
-        )
+        base = self.emit(var.name, relax.Call(call.op, [value.base, *others], attributes, []))
         reshaped = _Reshaped(base, call)
         if operator(call) == "quantize":
             self.bind(var, self.expression(var.name, reshaped))
@@ -340,5 +338,3 @@ def _same_quantization(quantize: Any, dequantize: Any) -> bool:
         if a.dtype != b.dtype or a.size != 1 or not np.array_equal(a, b):
             return False
     return True
-
-

@@ -1,0 +1,236 @@
+"""One call from a model to something that runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from mars_runtime import tvm_bridge
+from mars_runtime.errors import InputError, OptionError, UnsupportedError
+from mars_runtime.program import Program
+
+from ..report import OffloadReport
+from .codegen import collect_programs
+from .nodes import sizes
+from .partition import offload_report, partition_for_mars
+from .regions import INPUT_NAMES, OUTPUT_NAMES
+
+__all__ = ["CompiledModel", "InputSpec", "compile", "import_model"]
+
+
+@attrs.frozen
+class InputSpec:
+    """A model input; None in ``shape`` is a size that each call chooses."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@attrs.frozen(eq=False)
+class CompiledModel:
+    """A model compiled for MARS and, where MARS does not take an operator, for the CPU.
+
+    Parameters
+    ----------
+    executable : tvm.relax.VMExecutable
+        What TVM built.
+    program : Program or None
+        What MARS runs; None if nothing was offloaded.
+    report : OffloadReport
+        What became of each operator.
+    timings : mapping of str to float
+        Seconds of each stage.
+    """
+
+    executable: Any
+    program: Program | None
+    report: OffloadReport
+    inputs: tuple[InputSpec, ...]
+    output_names: tuple[str, ...]
+    timings: Mapping[str, float]
+    _machine: list[Any] = attrs.field(factory=list, init=False, repr=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The model's names of its inputs."""
+        return tuple(entry.name for entry in self.inputs)
+
+    def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:
+        """Run the model on arrays by the model's input names; gives them by output names.
+
+        Raises
+        ------
+        InputError
+            If an array is missing or unknown, of another shape or dtype, or holds NaN.
+        """
+        unknown = sorted(set(inputs) - set(self.input_names))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self.input_names, 3, 0.0)
+            raise InputError(
+                "no such input", where=f"input {unknown[0]}", hint=f"did you mean {near[0]}?"
+            )
+        results = self(*(self._checked(entry, inputs) for entry in self.inputs))
+        return dict(zip(self.output_names, results, strict=True))
+
+    def _checked(self, entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArray[Any]:
+        where = f"input {entry.name}"
+        if entry.name not in inputs:
+            raise InputError(f"missing; given are {sorted(inputs)}", where=where)
+        array = np.asarray(inputs[entry.name])
+        same = len(array.shape) == len(entry.shape) and all(
+            want in (None, have) for want, have in zip(entry.shape, array.shape, strict=True)
+        )
+        if not same:
+            wanted = ", ".join("N" if size is None else str(size) for size in entry.shape)
+            raise InputError(f"shape {array.shape}, expected ({wanted})", where=where)
+        if str(array.dtype) != entry.dtype:
+            raise InputError(
+                f"dtype {array.dtype}, expected {entry.dtype}",
+                where=where,
+                hint=f"convert it with .astype('{entry.dtype}')",
+            )
+        return array
+
+    def __call__(self, *arrays: npt.ArrayLike) -> tuple[npt.NDArray[Any], ...]:
+        """Run the model on arrays in the order of its inputs."""
+        if not self._machine:
+            self._machine.append(relax.VirtualMachine(self.executable, tvm.cpu()))
+        tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
+        results = self._machine[0]["main"](*tensors)
+        if isinstance(results, tvm.runtime.Tensor):
+            results = [results]
+        return tuple(result.numpy() for result in results)
+
+    def export_library(self, path: str | os.PathLike[str]) -> None:
+        """Write a shared library that TVM loads in a process that imports ``mars_runtime``."""
+        self.executable.export_library(os.fspath(path))
+
+
+def compile(  # the name that users of compilers look for  # noqa: A001
+    source: Any, target: Any = "mars", **options: Any
+) -> CompiledModel:
+    """Compile a model.
+
+    Parameters
+    ----------
+    source : path, onnx.ModelProto, tvm.IRModule or torch.export.ExportedProgram
+        A quantized network: an ONNX file or model, an imported module, or an exported program.
+    target : str or tvm.target.Target
+        ``"mars"``, or a TVM target for what stays on the CPU.
+    **options
+        Fields of :class:`tvm_mars.CompileOptions`.
+
+    Returns
+    -------
+    CompiledModel
+        Runs, and can be exported.
+
+    Raises
+    ------
+    OptionError
+        If an option or the target is not known.
+    UnsupportedError
+        If the source is of no known kind.
+    """
+    target = _target(target)
+    timings: dict[str, float] = {}
+    with _timed(timings, "import"):
+        mod = import_model(source)
+    with _timed(timings, "partition"):
+        mod = partition_for_mars(mod, **options)
+        report = offload_report(mod)
+    main = mod["main"]
+    tvm_bridge.register()
+    with collect_programs() as programs:
+        with _timed(timings, "program"), target:
+            mod = relax.transform.RunCodegen()(mod)
+    with _timed(timings, "build"):
+        executable = tvm.compile(mod, target=target, relax_pipeline="default_build")
+    return CompiledModel(
+        executable,
+        programs[0] if programs else None,
+        report,
+        tuple(
+            InputSpec(name, sizes(var), str(var.ty.dtype.dtype))
+            for name, var in zip(main.attrs[INPUT_NAMES], main.params, strict=True)
+        ),
+        tuple(str(name) for name in main.attrs[OUTPUT_NAMES]),
+        timings,
+    )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - start
+
+
+def _target(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
+    try:
+        return tvm.target.Target(target)
+    except ValueError as error:
+        raise OptionError(
+            f"{target!r} is no TVM target: {error}", where="option target", hint='try "mars"'
+        ) from None
+
+
+def import_model(source: Any) -> tvm.IRModule:
+    """Import a model into Relax, with the names of its inputs and outputs as attributes."""
+    if isinstance(source, tvm.IRModule):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _import_onnx(_read_onnx(Path(source)))
+    module = type(source).__module__
+    if module.startswith("onnx"):
+        return _import_onnx(source)
+    if module.startswith("torch"):
+        from tvm.relax.frontend.torch import from_exported_program
+
+        return from_exported_program(source)
+    raise UnsupportedError(
+        f"a {type(source).__name__}",
+        where="model",
+        hint="give an .onnx file, an onnx.ModelProto, an IRModule or an ExportedProgram",
+    )
+
+
+def _read_onnx(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except DecodeError as error:
+        raise InputError(f"is no ONNX model: {error}", where=str(path)) from None
+
+
+def _import_onnx(model: Any) -> tvm.IRModule:
+    from tvm.relax.frontend.onnx import from_onnx
+
+    with warnings.catch_warnings():
+        # It renames inputs to identifiers; we keep the model's names beside.
+        warnings.filterwarnings("ignore", message="Renaming name")
+        mod = from_onnx(model)
+    constants = {entry.name for entry in model.graph.initializer}
+    inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
+    outputs = [entry.name for entry in model.graph.output]
+    mod["main"] = mod["main"].with_attrs({INPUT_NAMES: inputs, OUTPUT_NAMES: outputs})
+    return mod
