@@ -229,6 +229,18 @@ def test_paper_networks_carry_the_papers_scales():
             assert scales[f"{layer.name}_term{i}_weight"] == 2.0 ** -(term.weight_bits - 1)
 
 
+@pytest.mark.parametrize("shifts", [(0, 4), (4, 0), (4, 4)])
+def test_bias_of_aligned_dense_terms(shifts):
+    """A bias on a finer grid than its Gemm's: ONNX Runtime must not fuse it at the wrong scale."""
+    terms = [
+        ConvTerm("x0", [[[[w]]], [[[-w]]]], 4, shift=s) for w, s in zip((3, 5), shifts, strict=True)
+    ]
+    layer = Conv("conv0", terms, [700, 300], Requant.eq5(8, 11))
+    graph = single(layer, native_input(1, 1, 1, bits=4))
+    x = np.linspace(0, 1, 16, dtype=np.float32).reshape(-1, 1, 1, 1)
+    np.testing.assert_array_equal(run(to_onnx(graph), {"x0": x})[0], evaluate(graph, {"x0": x})[0])
+
+
 def test_the_same_value_may_leave_twice():
     entry = native_input(1, 2, 2)
     pool = Pool("maxpool0", "max", "x0", (2, 2), (1, 1))

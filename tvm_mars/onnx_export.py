@@ -340,7 +340,9 @@ class _Writer:
         dense = all(self.covers(term) for term in layer.terms)
         full = types[layer.name].shape
         shape: tuple[int, ...] = full[:1] if dense else full
-        bias = self.parameter(layer.bias, -grid, f"{layer.name}_bias")
+        # The term on the layer's own grid takes the bias, if there is one.
+        carrier = min(range(len(layer.terms)), key=lambda i: layer.terms[i].shift)
+        bias = self.bias(layer, grid, dense and layer.terms[carrier].shift > 0)
         parts = []
         for i, term in enumerate(layer.terms):
             name = f"{layer.name}_term{i}"
@@ -349,7 +351,7 @@ class _Writer:
             data = self.real(term.input, given, -source.bits)
             codes = term.weight.reshape(len(term.weight), -1) if dense else term.weight
             weight = self.parameter(codes, term.shift + source.bits - grid, f"{name}_weight")
-            operands = [data, weight, bias] if i == 0 else [data, weight]
+            operands = [data, weight, bias] if i == carrier else [data, weight]
             parts.append(
                 self.node("Gemm", operands, name, transB=1)
                 if dense
@@ -361,6 +363,17 @@ class _Writer:
         if layer.requant is not None:
             total = self.eq5(total, layer.requant.bits, f"{layer.name}_codes")
         self.put(layer.name, shape, total)
+
+    def bias(self, layer: Conv, grid: int, real: bool) -> str:
+        """Give the bias: dequantized, or as exact real numbers.
+
+        ONNX Runtime 1.32 makes a QGemm of a Gemm between DequantizeLinear nodes and there takes the
+        bias to have the product of the other two scales, whatever its own is.
+        """
+        name = f"{layer.name}_bias"
+        if real:
+            return self.constant(name, (layer.bias * 2.0**-grid).astype(np.float32))
+        return self.parameter(layer.bias, -grid, name)
 
     def covers(self, term: ConvTerm) -> bool:
         """Whether a kernel covers its whole input."""
