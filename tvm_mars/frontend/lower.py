@@ -132,6 +132,9 @@ def check(spec: Spec, arch: MarsArch, where: str = "") -> None:
     UnsupportedError
         If not, with the reason.
     """
+    if isinstance(spec, ReshapeSpec) and spec.numbers:
+        check_spec(spec, where)  # whose numbers they are shows in the region
+        return
     names = [f"p{i}" for i in range(len(_operand_types(spec)))]
     params = dict(zip(names, _operand_types(spec), strict=True))
     region = Region(params, [Call(spec, tuple(names), "r")], ["r"])
@@ -261,7 +264,8 @@ class _Lowering:
 
     def _check_numbers(self, call: Call) -> None:
         for operand in call.operands:
-            if isinstance(self.values.get(operand), _Numbers):
+            numbers = isinstance(self.values.get(operand), _Numbers)
+            if numbers and not isinstance(call.spec, ReshapeSpec):
                 raise UnsupportedError(
                     "reads numbers that are no codes inside a region", where=call.result
                 )
@@ -489,9 +493,12 @@ class _Lowering:
         name = self._layer(layer, result, call.result)
         return _Map(name, spec.out_shape, low, spec.quantizer.codes.dtype)
 
-    def _reshape(self, call: Call) -> _Map:
+    def _reshape(self, call: Call) -> _Map | _Numbers:
         spec: ReshapeSpec = call.spec  # type: ignore[assignment]
-        return attrs.evolve(self._codes(call.operands[0], None), shape=spec.out_shape)
+        value = self.values.get(call.operands[0])
+        if not isinstance(value, _Numbers):
+            value = self._codes(call.operands[0], None)
+        return attrs.evolve(value, shape=spec.out_shape)
 
     def _quantize(self, call: Call) -> _Map:
         spec: QuantizeSpec = call.spec  # type: ignore[assignment]

@@ -198,7 +198,7 @@ class AvgPoolSpec:
 
 @attrs.frozen(eq=False)
 class ReshapeSpec:
-    """Codes in another shape, in the same order."""
+    """Codes in another shape, in the same order; or numbers that leave."""
 
     kind: ClassVar[str] = "reshape"
     op: ClassVar[str] = "reshape"
@@ -206,6 +206,11 @@ class ReshapeSpec:
     dtype: str
     data_shape: Shape
     out_shape: Shape
+
+    @property
+    def numbers(self) -> bool:
+        """Whether it reshapes numbers, not codes."""
+        return self.dtype == "float32"
 
 
 @attrs.frozen(eq=False)

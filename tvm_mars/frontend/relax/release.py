@@ -19,10 +19,16 @@ Judge = Callable[[relax.Function, "list[relax.Function | None]"], bool]
 
 
 def reads_numbers(func: relax.Function, sources: list[relax.Function | None]) -> bool:
-    """Judge a quantize of numbers that another chain gives: inside a region all are codes."""
-    if str(attribute(func, COMPOSITE)) != "mars.quantize":
-        return False
-    return any(source is not None and _is_float(source.ret_ty) for source in sources)
+    """Judge a chain on numbers: inside a region all are codes.
+
+    A quantize goes back if another chain gives its numbers, a reshape of numbers if none does: only
+    what leaves a region may be reshaped.
+    """
+    name = str(attribute(func, COMPOSITE))
+    given = any(source is not None and _is_float(source.ret_ty) for source in sources)
+    if name == "mars.reshape":
+        return _is_float(func.ret_ty) and not given
+    return name == "mars.quantize" and given
 
 
 def _is_float(kind: Any) -> bool:
