@@ -1,0 +1,98 @@
+"""Timelines as Chrome trace events, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+The format is the JSON object form of the Trace Event Format: complete events (``ph`` ``X``) with
+``ts`` and ``dur`` in microseconds, at the core clock, and metadata events that name the lanes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from .arch import MarsArch
+from .timeline import Event, Timeline
+
+__all__ = ["chrome_trace"]
+
+_PROCESS = 1
+_LAYERS = "layers"
+
+
+def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any]:
+    """Give the trace of regions that run one after the other.
+
+    Parameters
+    ----------
+    timelines : sequence of Timeline
+        Recorded with ``trace=True``.
+    arch : MarsArch
+        The machine that they ran on.
+
+    Returns
+    -------
+    dict
+        For JSON. Lanes (threads) are the layers, ``dma``, each core's ``load`` and ``compute``,
+        and each bank's port to each core; ``args`` say the layer and the instruction's number.
+
+    Examples
+    --------
+    >>> import json
+    >>> from mars_runtime import Timeline, MarsArch
+    >>> trace = chrome_trace([Timeline(0, ())], MarsArch())
+    >>> json.dumps(trace)[:16]
+    '{"traceEvents": '
+    """
+    names = {event.lane for timeline in timelines for event in timeline.events}
+    lanes = {name: number for number, name in enumerate([_LAYERS, *sorted(names, key=_rank)], 1)}
+    events = [*_metadata(lanes, arch), *_complete(timelines, lanes, arch)]
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ns",
+        "otherData": {"architecture": arch.name, "core_clock_mhz": arch.core_clock_mhz},
+    }
+
+
+def _rank(lane: str) -> tuple[int, list[int]]:
+    """Order lanes: DMA, cores by number, then the banks' ports."""
+    kind = next((i for i, word in enumerate(("dma", "core", "bank")) if lane.startswith(word)), 3)
+    return kind, [*map(int, re.findall(r"\d+", lane)), "compute" in lane]
+
+
+def _metadata(lanes: dict[str, int], arch: MarsArch) -> Iterator[dict[str, Any]]:
+    common = {"ph": "M", "pid": _PROCESS}
+    yield {**common, "tid": 0, "name": "process_name", "args": {"name": f"MARS ({arch.name})"}}
+    for name, tid in lanes.items():
+        yield {**common, "tid": tid, "name": "thread_name", "args": {"name": name}}
+        yield {**common, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
+
+
+def _complete(
+    timelines: Sequence[Timeline], lanes: dict[str, int], arch: MarsArch
+) -> Iterator[dict[str, Any]]:
+    offset = 0
+    for region, timeline in enumerate(timelines):
+        for event in (*_layer_events(timeline), *timeline.events):
+            yield {
+                "name": event.name,
+                "cat": event.lane.rsplit(" ", 1)[-1],
+                "ph": "X",
+                "ts": (offset + event.start) / arch.core_clock_mhz,
+                "dur": (event.end - event.start) / arch.core_clock_mhz,
+                "pid": _PROCESS,
+                "tid": lanes[event.lane],
+                "args": {
+                    "layer": timeline.layers[event.layer].name,
+                    "region": region,
+                    "instruction": event.index,
+                    "cycles": event.end - event.start,
+                },
+            }
+        offset += timeline.cycles
+
+
+def _layer_events(timeline: Timeline) -> Iterable[Event]:
+    return [
+        Event(_LAYERS, layer.name, number, -1, layer.start, layer.start + layer.cycles)
+        for number, layer in enumerate(timeline.layers)
+    ]

@@ -1,0 +1,131 @@
+"""What the commands share: errors, options, output."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from mars_runtime import MarsArch
+
+__all__ = ["MarsCommand", "arch_options", "read_arch", "write_text"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+PIPE_CLOSED = 141  # as a program that SIGPIPE ends
+
+
+class CommandError(click.ClickException):
+    """An error that the user can mend."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it."""
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+class MarsCommand(click.Command):
+    """A command whose MarsErrors become messages and exit code 1; it has the option --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=_note_debug,
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        from mars_runtime.errors import MarsError
+
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has gone, as in `mars disasm net.mars | head`. What is still buffered
+            # must not fail again when Python flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(PIPE_CLOSED)
+        except (MarsError, OSError) as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            raise CommandError(str(error)) from None
+        return result
+
+
+_DEBUG = f"{__name__}.debug"
+
+
+def _note_debug(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    ctx.meta[_DEBUG] = wanted
+
+
+# -- the architecture ------------------------------------------------------------------------------
+
+
+def _assignments(
+    _ctx: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    changes = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} is not FIELD=VALUE")
+        changes[name.strip()] = value.strip()
+    return changes
+
+
+_set_option = click.option(
+    "--set",
+    "changes",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    callback=_assignments,
+    help="Change a field of the machine; may be repeated. `mars arch` lists the fields.",
+)
+
+
+def set_option(function: Function) -> Function:
+    """Add ``--set``, as the parameter ``changes``."""
+    return _set_option(function)
+
+
+def arch_options(function: Function) -> Function:
+    """Add ``--arch`` and ``--set``, as the parameters ``arch`` and ``changes``."""
+    arch = click.option(
+        "--arch",
+        metavar="PRESET|FILE.toml",
+        default="mars",
+        show_default=True,
+        help="The machine; `mars arch --list` lists the presets.",
+    )
+    return arch(set_option(function))
+
+
+def read_arch(source: str, changes: Mapping[str, str]) -> MarsArch:
+    """Give the machine that the options name."""
+    from mars_runtime import load_arch
+
+    return load_arch(source, changes)
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def write_text(text: str, path: str | None) -> None:
+    """Write text to a file, or to stdout for None or ``-``."""
+    from mars_runtime.program import write_atomically
+
+    if path is None or path == "-":
+        click.echo(text, nl=not text.endswith("\n"))
+    else:
+        write_atomically(path, text.encode())

@@ -1,0 +1,90 @@
+"""``mars compile``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from .base import MarsCommand, arch_options, read_arch, write_text
+
+__all__ = ["compile_command"]
+
+
+@click.command("compile", cls=MarsCommand)
+@click.argument("model", metavar="MODEL.onnx")
+@click.option("-o", "--output", metavar="OUT.so", help="Shared library to write: the whole model.")
+@click.option("--program", metavar="OUT.mars", help="Program to write: MARS's part of the model.")
+@arch_options
+@click.option(
+    "--min-macs",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Leave regions with fewer multiply-accumulates per image to the CPU.",
+)
+@click.option(
+    "--dump-offloads",
+    metavar="PATH|-",
+    help="Write what became of every operator, with the reason if the CPU keeps it.",
+)
+@click.option("--timing", is_flag=True, help="Say on stderr how long each stage took.")
+def compile_command(
+    model: str,
+    output: str | None,
+    program: str | None,
+    arch: str,
+    changes: dict[str, str],
+    min_macs: int,
+    dump_offloads: str | None,
+    timing: bool,
+) -> None:
+    """Compile a quantized ONNX model (QuantizeLinear and DequantizeLinear around its operators).
+
+    What MARS takes is compiled for it, the rest by TVM for this machine's CPU. OUT.so holds both,
+    for `mars run` or any process that imports tvm and mars_runtime; OUT.mars holds MARS's part
+    alone, for `mars profile` and `mars disasm`, and for `mars run` if nothing is left to the CPU.
+
+    \b
+    Example:
+      mars compile net.onnx -o net.so --program net.mars --dump-offloads -
+    """
+    if not (output or program or dump_offloads):
+        raise click.UsageError("nothing to write: give -o, --program or --dump-offloads")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    machine = read_arch(arch, changes)  # a wrong one is said before TVM is imported
+    _check_model(model)
+
+    import tvm_mars
+    from mars_runtime.errors import UnsupportedError
+
+    compiled = tvm_mars.compile(model, target="mars", arch=machine, min_macs=min_macs)
+    if dump_offloads:
+        write_text(f"{compiled.report}", dump_offloads)
+    if program and compiled.program is None:
+        raise UnsupportedError(
+            "nothing was offloaded to MARS, so there is no program to write",
+            where=model,
+            hint="--dump-offloads - says why",
+        )
+    if compiled.program is not None and program:
+        compiled.program.save(program)
+    if output:
+        compiled.export_library(output)
+    if timing:
+        _print_timings(compiled.timings)
+
+
+def _check_model(model: str) -> None:
+    from mars_runtime.errors import InputError
+
+    if not Path(model).is_file():
+        raise InputError("no such file", where=model)
+
+
+def _print_timings(timings: Mapping[str, float]) -> None:
+    for stage, seconds in timings.items():
+        click.echo(f"{stage:<12} {seconds:7.3f} s", err=True)
+    click.echo(f"{'all':<12} {sum(timings.values()):7.3f} s", err=True)

@@ -1,0 +1,25 @@
+"""``mars ops``."""
+
+from __future__ import annotations
+
+import click
+
+from .base import MarsCommand, write_text
+
+__all__ = ["ops_command"]
+
+
+@click.command("ops", cls=MarsCommand)
+def ops_command() -> None:
+    """Print which chains of operators MARS takes, and every limit on them.
+
+    It is Markdown, made from the checks that the compiler applies; what breaks a limit stays on
+    the CPU, and `mars compile --dump-offloads -` says which limit it was.
+
+    \b
+    Example:
+      mars ops
+    """
+    from ..constraints import supported_ops
+
+    write_text(supported_ops(), None)
