@@ -553,18 +553,20 @@ def _parse_field(where: str, field: attrs.Attribute[Any], text: str) -> int:
                 f"{text!r} is not one of {', '.join(names)}", where=f"{where}: {field.name}"
             )
         return int(names.index(text))
+    is_wait = field.name == "wait"
     try:
-        if field.name == "wait":
-            tokens = [int(token, 0) for token in text.split(",")]
-            if not all(0 <= token < TOKENS for token in tokens):
-                raise InstructionError(f"a token is not within 0..{TOKENS - 1}", where=where)
-            return sum(1 << token for token in set(tokens))
-        value = int(text, 0) + (field.name == "signal")
+        numbers = [int(part, 0) for part in text.split(",")] if is_wait else [int(text, 0)]
     except ValueError:
         raise InstructionError(
             f"{text!r} is not a number", where=f"{where}: {field.name}"
         ) from None
-    return _checked(where, field, value)
+    if not is_wait:
+        return _checked(where, field, numbers[0] + (field.name == "signal"))
+    if not all(0 <= token < TOKENS for token in numbers):
+        raise InstructionError(
+            f"{text} is not within 0..{TOKENS - 1}", where=f"{where}: {field.name}"
+        )
+    return sum(1 << token for token in set(numbers))
 
 
 def assemble(text: str) -> tuple[Instruction, ...]:
