@@ -32,12 +32,17 @@ def segment_bounds(block: PackedBlock, start: int, stop: int) -> list[tuple[int,
 
 
 class _Room:
-    """What is left of one load on one core: macro slots, index SRAM, parameter SRAM."""
+    """What is left of one load on one core: macro slots, index SRAM, parameter SRAM.
+
+    The index SRAM is divided once between index codes and the load descriptor: one CONV serves all
+    cores, so that every core has its codes at the same address, behind the longest descriptor.
+    """
 
     def __init__(self, packed: PackedConv, arch: MarsArch) -> None:
         self.packed = packed
-        self.slots = arch.slots(packed.weight_bits)
-        self.index = arch.index_sram_bits // 8
+        index_bytes = arch.index_sram_bits // 8
+        self.slots = min(arch.slots(packed.weight_bits), index_bytes // 2 // isa.CODE_BYTES)
+        self.segments = (index_bytes - self.slots * isa.CODE_BYTES) // isa.SEGMENT_BYTES
         self.parameters = arch.parameter_sram_bits // 8
         self.record = block_parameter_bytes(packed.multiplier is not None)
         self.pieces: list[Piece] = []
@@ -47,27 +52,27 @@ class _Room:
 
         An empty block needs a segment and its parameters, too.
         """
-        total = self.packed.blocks[block].group_sets
-        stop = min(total, start + self.slots)
         if self.parameters < self.record:
             return None
-        while True:
-            need = self._index_bytes(block, start, stop)
-            if need <= self.index:
-                return stop if stop > start or total == 0 else None
-            stop -= max(1, (need - self.index) // isa.CODE_BYTES)
-            if stop <= start:
+        total = self.packed.blocks[block].group_sets
+        stop = min(total, start + self.slots)
+        while stop > start or total == 0:
+            excess = self._segments(block, start, stop) - self.segments
+            if excess <= 0:
+                return stop
+            if total == 0:
                 return None
+            stop -= excess  # a group-set less is a segment less at most
+        return None
 
-    def _index_bytes(self, block: int, start: int, stop: int) -> int:
-        segments = len(segment_bounds(self.packed.blocks[block], start, stop))
-        return (stop - start) * isa.CODE_BYTES + segments * isa.SEGMENT_BYTES
+    def _segments(self, block: int, start: int, stop: int) -> int:
+        return len(segment_bounds(self.packed.blocks[block], start, stop))
 
     def put(self, block: int, start: int, stop: int) -> None:
         """Take the room of a piece."""
         total = self.packed.blocks[block].group_sets
         self.slots -= stop - start
-        self.index -= self._index_bytes(block, start, stop)
+        self.segments -= self._segments(block, start, stop)
         self.parameters -= self.record
         self.pieces.append(Piece(block, start, stop, total))
 
