@@ -169,7 +169,7 @@ def maps_have_one_scale(spec: Spec) -> str | None:
 
 @on_spec(*_ALL)
 def scales_are_positive(spec: Spec) -> str | None:
-    """Scales are finite and greater than zero."""
+    """Scales are greater than zero."""
     quantizer = _quantizer(spec)
     scales = [codes.scale for codes in _map_codes(spec)]
     if quantizer is not None:
@@ -177,7 +177,7 @@ def scales_are_positive(spec: Spec) -> str | None:
     if isinstance(spec, ConvSpec):
         scales += [term.weight_scale for term in spec.terms]
     for scale in scales:
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
+        if not (scale > 0).all():
             return str(float(np.asarray(scale).min()))
     return None
 
@@ -208,15 +208,6 @@ def weights_are_integers(spec: ConvSpec) -> str | None:
     """Weights are int8, uint8, int4 or uint4 codes."""
     dtypes = (term.weight_dtype for term in spec.terms)
     return next((dtype for dtype in dtypes if code_range(dtype) is None), None)
-
-
-@on_spec(*_CONV)
-def biases_are_finite(spec: ConvSpec) -> str | None:
-    """Biases are finite."""
-    for term in spec.terms:
-        if term.bias is not None and not np.isfinite(term.bias).all():
-            return str(term.bias[~np.isfinite(term.bias)][0])
-    return None
 
 
 @on_spec("add")

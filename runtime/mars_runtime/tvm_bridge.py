@@ -1,7 +1,7 @@
 """The packed functions that a TVM module with MARS regions calls.
 
-``mars.runtime.knows(digest)`` tells whether a program is loaded, ``mars.runtime.load(digest, text)``
-loads one, ``mars.runtime.run(digest, region, count, inputs..., outputs...)`` runs a region of it.
+``mars.runtime.knows(digest)`` tells whether a program is loaded, ``mars.runtime.load(digest,
+text)`` loads one, ``mars.runtime.run(digest, region, count, inputs..., outputs...)`` runs a region.
 :func:`register` makes them known to TVM, and the errors of MARS to its error handling.
 
 Registration happens when both sides are there: at ``import mars_runtime`` if ``tvm_ffi`` has been

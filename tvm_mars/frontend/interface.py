@@ -25,11 +25,11 @@ class Interface:
     """
 
     index: int = 0
-    inputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
-    outputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
-    model_inputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
-    model_outputs: tuple[str, ...] = attrs.field(converter=tuple, default=())
-    host_operators: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    model_inputs: tuple[str, ...] = ()
+    model_outputs: tuple[str, ...] = ()
+    host_operators: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Give the interface as text that :meth:`from_json` reads."""
@@ -38,4 +38,5 @@ class Interface:
     @classmethod
     def from_json(cls, text: str) -> Interface:
         """Read what :meth:`to_json` wrote."""
-        return cls(**json.loads(text))
+        data = json.loads(text)
+        return cls(data.pop("index"), **{key: tuple(names) for key, names in data.items()})

@@ -182,8 +182,10 @@ def _stored_range(quantizer: Quantizer) -> tuple[int, int, int, int]:
     found = code_range(quantizer.codes.dtype)
     assert found is not None  # map_codes_are_integers
     zero = int(quantizer.codes.zero_point[0])
-    factor = quantizer.factor / float(quantizer.codes.scale[0])
-    low, high = (int(np.clip(np.rint(bound * factor) + zero, *found)) for bound in quantizer.clip)
+    # In float32, as ONNX does it: a bound may lie in the middle between two codes.
+    bounds = np.asarray(quantizer.clip, np.float32) * np.float32(quantizer.factor)
+    steps = np.rint(bounds / np.float32(quantizer.codes.scale[0]))
+    low, high = (int(np.clip(float(step) + zero, *found)) for step in steps)
     for base in (0, -8):
         if base >= found[0] and base <= low and high <= base + 15:
             return base, 4, low, high
@@ -329,10 +331,9 @@ class _Lowering:
     def _plain(self, name: str, codes: Codes | None) -> str:
         """Give an operand's map where the reader needs its rows and columns."""
         value = self._codes(name, codes)
-        if value.shape != self.types[value.name].shape:
-            raise UnsupportedError(
-                f"reads {self.types[value.name]} as shape {value.shape}", where=name
-            )
+        kind = self.types[value.name]
+        if value.shape != kind.shape and (*value.shape, 1, 1) != kind.shape:
+            raise UnsupportedError(f"reads {kind} as shape {value.shape}", where=name)
         return value.name
 
     def _layer(self, layer: Layer, kind: MapType, where: str) -> str:

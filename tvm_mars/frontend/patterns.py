@@ -19,7 +19,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime.errors import UnsupportedError
+from mars_runtime.errors import InputError, UnsupportedError
 
 from .spec import (
     AddSpec,
@@ -219,7 +219,8 @@ def _dense(tag: str) -> Op:
 
 def _with_bias(product: Pattern, tag: str) -> Either:
     bias = _either(Const(f"bias{tag}"), _weight(f"bias{tag}"))
-    return _commute("add", product, _either(bias, _op("reshape", bias)))
+    shaped = _op("reshape", bias, capture=f"shaped{tag}")
+    return _commute("add", product, _either(bias, shaped))
 
 
 def _biased(product: Pattern, tag: str) -> Either:
@@ -261,6 +262,15 @@ def _quantized(source: Pattern) -> Op:
     )
 
 
+def _constant_sum() -> Pattern:
+    constant = _either(Const("bias"), _weight("bias"))
+    constant = _either(constant, _op("reshape", constant, capture="shaped"))
+    return _either(
+        _op("add", _map("data"), constant, capture="sum"),
+        _op("add", constant, _map("data"), capture="sum"),
+    )
+
+
 def _average() -> Pattern:
     """Averages; the native export multiplies before it divides."""
     data = _either(_op("multiply", _map("data"), Const("before")), _map("data"))
@@ -276,11 +286,19 @@ def _scalars(node: Node) -> Array:
 
 
 def _codes(found: Captures, name: str, dtype: str) -> Codes:
-    return Codes(
-        dtype,
-        _scalars(found[f"{name}.scale"]).astype(np.float64),
-        _scalars(found[f"{name}.zero"]).astype(np.int64),
-    )
+    scale = _scalars(found[f"{name}.scale"]).astype(np.float64)
+    call = found.get(f"{name}.codes", found.get(name))
+    _require_finite(scale, call.name if call else name, "a scale")
+    return Codes(dtype, scale, _scalars(found[f"{name}.zero"]).astype(np.int64))
+
+
+def _require_finite(values: Array, where: str, what: str) -> None:
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{what} holds {values[~np.isfinite(values)][0]}",
+            where=where,
+            hint="the model itself is broken: train or export it again",
+        )
 
 
 def _image(node: Node) -> tuple[int, ...]:
@@ -334,7 +352,7 @@ def _term(found: Captures, tag: str) -> TermSpec:
     source = found[f"data{tag}.codes"].args[0]
     codes = _codes(found, f"data{tag}", source.dtype)
     weight, scale = _weight_codes(found, tag, "O")
-    bias, bias_scale = _bias(found, tag)
+    bias, bias_scale = _bias(found, tag, call)
     if call.op == "matmul":
         if len(data.shape) != 2 or weight.ndim != 2:
             raise UnsupportedError(
@@ -400,21 +418,26 @@ def _weight_codes(found: Captures, tag: str, axis: str) -> tuple[Array, Array]:
     return node.value.astype(np.int16) - zero.astype(np.int16), codes.scale
 
 
-def _bias(found: Captures, tag: str) -> tuple[Array | None, Array | None]:
+def _bias(found: Captures, tag: str, result: Node) -> tuple[Array | None, Array | None]:
+    """Give a bias as one value for each channel of a result, and its grid if it is an integer."""
     if f"bias{tag}" not in found:
         return None, None
-    node, channels = found[f"bias{tag}"], found[f"op{tag}"].shape[1]
-    values = _scalars(node)
-    if values.size not in (1, channels):
+    node = found[f"bias{tag}"]
+    shape = found.get(f"shaped{tag}", node).shape
+    channels = int(result.shape[1] or 0)
+    aligned = (1,) * (len(result.shape) - len(shape)) + tuple(shape)
+    if any(size != 1 and (axis != 1 or size != channels) for axis, size in enumerate(aligned)):
         raise UnsupportedError(
-            f"a bias of shape {node.shape} for {channels} channels", where=node.name
+            f"adds a constant of shape {shape} to {result.shape}, MARS adds one value per channel",
+            where=result.name,
         )
-    values = np.broadcast_to(values, (int(channels or 1),))
+    values = np.broadcast_to(_scalars(node), (channels,))
+    _require_finite(values, result.name, "its bias")
     if f"bias{tag}.codes" not in found:
         return values, None
     codes = _codes(found, f"bias{tag}", node.dtype)
-    if codes.zero_point.any():
-        raise UnsupportedError("a bias with a zero point", where=node.name)
+    if codes.zero_point.any() or node.dtype != "int32":
+        return ((values - codes.zero_point) * codes.scale).astype(np.float64), None
     return values, codes.scale
 
 
@@ -434,6 +457,29 @@ def _parse_conv(found: Captures) -> ConvSpec:
         residual=residual,
         quantizer=_quantizer(found) if "out" in found else None,
     )
+
+
+# An identity of 1x1 kernels: a power of two, so that the constant keeps six bits below a code.
+_IDENTITY = 64
+
+
+def _parse_constant_add(found: Captures) -> ConvSpec:
+    """Parse a map plus a constant: a depthwise identity whose bias is the constant."""
+    data = found["data"]
+    shape = _image(data)
+    bias, bias_scale = _bias(found, "", found["sum"])
+    term = TermSpec(
+        data=_codes(found, "data", data.dtype),
+        data_shape=shape,
+        out_shape=shape,
+        weight=np.full((shape[0], 1, 1, 1), _IDENTITY, np.int8),
+        weight_dtype="int8",
+        weight_scale=np.asarray([1 / _IDENTITY]),
+        bias=bias,
+        bias_scale=bias_scale,
+        groups=shape[0],
+    )
+    return ConvSpec("conv2d", (term,), quantizer=_quantizer(found))
 
 
 def _parse_add(found: Captures) -> AddSpec:
@@ -605,6 +651,13 @@ COMPOSITES = (
         _parse_add,
         ("left", "right"),
         "sum of two quantized maps, ReLU or clip, quantize",
+    ),
+    Composite(
+        "mars.qadd_constant",
+        _quantized(_constant_sum()),
+        _parse_constant_add,
+        ("data",),
+        "quantized map plus a constant per channel, ReLU or clip, quantize",
     ),
     Composite(
         "mars.qavg_pool2d",

@@ -33,8 +33,8 @@ class OffloadReport:
     ``regions`` is the number of functions that MARS runs.
     """
 
-    decisions: tuple[Decision, ...] = attrs.field(converter=tuple)
-    host_operators: tuple[str, ...] = attrs.field(converter=tuple, default=())
+    decisions: tuple[Decision, ...]
+    host_operators: tuple[str, ...] = ()
     regions: int = 0
 
     @property
@@ -71,5 +71,5 @@ class OffloadReport:
     def from_json(cls, text: str) -> OffloadReport:
         """Read what :meth:`to_json` wrote."""
         data = json.loads(text)
-        decisions = [Decision(**decision) for decision in data["decisions"]]
-        return cls(decisions, data["host_operators"], data["regions"])
+        decisions = tuple(Decision(**decision) for decision in data["decisions"])
+        return cls(decisions, tuple(data["host_operators"]), data["regions"])

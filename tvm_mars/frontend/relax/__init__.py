@@ -9,6 +9,8 @@ from __future__ import annotations
 import tvm_ffi
 from tvm import relax, target
 
+from mars_runtime import tvm_bridge
+
 from .api import CompiledModel, compile
 from .codegen import codegen, pipeline
 from .partition import offload_report, partition_for_mars, register_chains
@@ -33,6 +35,7 @@ def register() -> None:
     register_chains()
     relax.register_pipeline("mars")(pipeline)
     target.register_tag("mars", {"kind": "llvm", "keys": ["mars", "cpu"]})
+    tvm_bridge.register()
 
 
 register()

@@ -17,12 +17,11 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from mars_runtime import tvm_bridge
 from mars_runtime.errors import InputError, OptionError, UnsupportedError
 from mars_runtime.program import Program
 
 from ..report import OffloadReport
-from .codegen import collect_programs
+from .codegen import collect_programs, run_codegen
 from .nodes import sizes
 from .partition import offload_report, partition_for_mars
 from .regions import INPUT_NAMES, OUTPUT_NAMES
@@ -119,9 +118,7 @@ class CompiledModel:
         self.executable.export_library(os.fspath(path))
 
 
-def compile(  # the name that users of compilers look for  # noqa: A001
-    source: Any, target: Any = "mars", **options: Any
-) -> CompiledModel:
+def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
     """Compile a model.
 
     Parameters
@@ -153,10 +150,8 @@ def compile(  # the name that users of compilers look for  # noqa: A001
         mod = partition_for_mars(mod, **options)
         report = offload_report(mod)
     main = mod["main"]
-    tvm_bridge.register()
-    with collect_programs() as programs:
-        with _timed(timings, "program"), target:
-            mod = relax.transform.RunCodegen()(mod)
+    with collect_programs() as programs, _timed(timings, "program"), target:
+        mod = run_codegen(mod)
     with _timed(timings, "build"):
         executable = tvm.compile(mod, target=target, relax_pipeline="default_build")
     return CompiledModel(
@@ -212,7 +207,7 @@ def import_model(source: Any) -> tvm.IRModule:
 
 def _read_onnx(path: Path) -> Any:
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return onnx.load(path)

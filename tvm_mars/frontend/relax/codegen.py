@@ -27,8 +27,9 @@ from ..lower import Lowered, lower
 from .partition import REPORT, partition_for_mars
 from .regions import INTERFACE, OPTIONS, read_region
 
-__all__ = ["codegen", "collect_programs", "pipeline"]
+__all__ = ["codegen", "collect_programs", "pipeline", "run_codegen"]
 
+_CONSTANTS = "const_name_to_constant"
 _PROGRAMS: ContextVar[list[Program] | None] = ContextVar("mars_programs", default=None)
 
 
@@ -165,6 +166,20 @@ def _dtype(kind: Any) -> str:
     return str(kind.dtype.dtype)
 
 
+def run_codegen(mod: tvm.IRModule) -> tvm.IRModule:
+    """Run TVM's RunCodegen, and drop the weights that it would store a second time.
+
+    It lists every constant of a region for the executable, for code generators that ask for them at
+    load time; ours are in the program.
+    """
+    mod = relax.transform.RunCodegen()(mod)
+    constants = dict(mod.attrs.get(_CONSTANTS, {})) if mod.attrs else {}
+    others = {name: value for name, value in constants.items() if "_mars_const_" not in name}
+    if len(others) == len(constants):
+        return mod
+    return mod.with_attr(_CONSTANTS, others)
+
+
 def pipeline(**opts: Any) -> tvm.transform.Pass:
     """Give the pipeline ``mars``: partition, compile the regions, build the rest for the CPU.
 
@@ -175,11 +190,10 @@ def pipeline(**opts: Any) -> tvm.transform.Pass:
     """
     CompileOptions.from_mapping(opts)  # a bad option is an error here, not in the first module
 
-    @tvm.transform.module_pass(opt_level=0, name="mars")
     def passes(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
         if not (mod.attrs and REPORT in mod.attrs):
             mod = partition_for_mars(mod, **opts)
-        mod = relax.transform.RunCodegen()(mod)
+        mod = run_codegen(mod)
         return relax.get_pipeline("default_build")(mod)
 
-    return passes
+    return tvm.transform.module_pass(passes, opt_level=0, name="mars")

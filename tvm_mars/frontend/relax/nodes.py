@@ -127,12 +127,15 @@ def _dtype(expr: Any) -> str:
 
 
 def rebuild(func: relax.Function, visit: Callable[[Any], Iterable[Any]]) -> relax.Function:
-    """Give a function with other bindings: ``visit`` gives those that replace a binding."""
+    """Give a function with other bindings: ``visit`` gives those that replace a binding.
+
+    Only dataflow blocks are visited: nowhere else does TVM look for chains.
+    """
     blocks = []
     for block in func.body.blocks:
-        bindings = [new for binding in block.bindings for new in visit(binding)]
-        dataflow = isinstance(block, relax.DataflowBlock)
-        blocks.append(relax.DataflowBlock(bindings) if dataflow else relax.BindingBlock(bindings))
+        if isinstance(block, relax.DataflowBlock):
+            block = relax.DataflowBlock([n for binding in block.bindings for n in visit(binding)])
+        blocks.append(block)
     body = relax.SeqExpr(blocks, func.body.body)
     return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
 

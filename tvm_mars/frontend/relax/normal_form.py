@@ -8,7 +8,8 @@ One walk over each dataflow block:
 - a quantize of just dequantized codes with the same scale and zero point is those codes (the
   float32 quotient is within half a step of the integer);
 - a reshape of numbers moves behind the clip, multiply and quantize that follow it;
-- the TensorIR functions that the ONNX importer makes of Clip and Pad become operators again.
+- the TensorIR functions that the ONNX importer makes of Clip and Pad become operators again;
+- the result of a dropout is its input.
 
 Nothing here depends on what MARS takes; what it does not take computes the same on the CPU.
 """
@@ -37,7 +38,12 @@ def normal_form(mod: tvm.IRModule) -> tvm.IRModule:
     for gvar, func in mod.functions_items():
         if isinstance(func, relax.Function) and isinstance(func.body, relax.SeqExpr):
             mod[gvar] = rebuild(func, _Walk(mod).visit)
-    return relax.transform.CanonicalizeBindings()(mod)
+    mod = relax.transform.CanonicalizeBindings()(mod)
+    return relax.transform.DeadCodeElimination()(mod)
+
+
+def _is_first(value: Any) -> bool:
+    return isinstance(value, relax.TupleGetItem) and value.index == 0
 
 
 @attrs.frozen(eq=False)
@@ -69,13 +75,17 @@ class _Walk:
         self.late: dict[Any, _Numbers | _Reshaped] = {}
         self.scalars: dict[Any, Any] = {}
         self.same: dict[Any, Any] = {}
+        self.dropouts: dict[Any, Any] = {}
         self.bindings: list[Any] = []
 
     def visit(self, binding: Any) -> list[Any]:
         """Give the bindings that take a binding's place, now or because it is read now."""
         self.bindings = []
-        if isinstance(binding, relax.VarBinding) and isinstance(binding.value, relax.Call):
-            self.call(binding.var, binding.value)
+        value = binding.value
+        if _is_first(value) and value.tuple_value in self.dropouts:
+            self.pass_on(binding.var, self.dropouts[value.tuple_value])
+        elif isinstance(binding, relax.VarBinding) and isinstance(value, relax.Call):
+            self.call(binding.var, value)
         else:
             self.keep(binding)
         return [with_origin(entry) for entry in self.bindings]
@@ -143,31 +153,35 @@ class _Walk:
         if not isinstance(var, relax.DataflowVar):  # read outside the block
             self.settle(var)
 
+    def pass_on(self, var: Any, source: Any) -> None:
+        """Let a variable be another."""
+        value = self.late.get(source, self.same.get(source))
+        if value is not None:
+            self.later(var, value)
+        else:
+            self.bind(var, source)
+
     # -- the rules --
 
     def call(self, var: Any, call: Any) -> None:
         call = self.operator_again(call)
-        name = call.op.name if isinstance(call.op, tvm.ir.Op) else ""
-        source = self.late_numbers(call.args[0]) if call.args else None
-        if name == "relax.nn.dropout":
-            name = ""
         if operator(call) == "dequantize":
             self.settle(call.args[0])
             self.later(var, _Numbers(call.args[0], call))
-        elif self.folded(var, call, name):
             return
-        elif source is not None and source.per_tensor and self.on_codes(var, call, name, source):
+        name = call.op.name if isinstance(call.op, tvm.ir.Op) else ""
+        if name == "relax.nn.dropout":
+            self.dropouts[var] = call.args[0]
+        if self.folded(var, call, name) or self.on_codes(var, call, name):
             return
-        elif name in _RESHAPES and None not in sizes(call)[1:]:
+        if name in _RESHAPES and None not in sizes(call)[1:]:
             self.settle(call.args[0])
             self.later(var, _Reshaped(call.args[0], call))
-        elif operator(call) in _ELEMENTWISE and self.before_reshape(var, call):
-            return
-        elif operator(call) in _CHAIN:
+        elif operator(call) not in _CHAIN:
+            self.keep(relax.VarBinding(var, call))
+        elif not self.before_reshape(var, call):
             args = [self.own(arg) for arg in call.args]
             self.bind(var, relax.Call(call.op, args, call.attrs, call.ty_args))
-        else:
-            self.keep(relax.VarBinding(var, call))
 
     def folded(self, var: Any, call: Any, name: str) -> bool:
         """Fold what guards a clip's constant bound against NaN."""
@@ -181,8 +195,11 @@ class _Walk:
         self.bind(var, self.scalars[var])
         return True
 
-    def on_codes(self, var: Any, call: Any, name: str, source: _Numbers) -> bool:
+    def on_codes(self, var: Any, call: Any, name: str) -> bool:
         """Move an operator from dequantized numbers to their codes."""
+        source = self.late_numbers(call.args[0]) if call.args else None
+        if source is None or not source.per_tensor:
+            return False
         hint = var.name
         if name == "relax.nn.pad":
             if call.attrs.pad_mode != "constant" or call.attrs.pad_value != 0 or source.pad:
@@ -207,6 +224,8 @@ class _Walk:
     def before_reshape(self, var: Any, call: Any) -> bool:
         """Apply an elementwise operator before the reshape that its argument is."""
         source, *others = call.args
+        if operator(call) not in _ELEMENTWISE:
+            return False
         others = [self.scalars.get(arg, arg) for arg in others]
         value = self.late.get(source)
         if not isinstance(value, _Reshaped):
@@ -248,7 +267,8 @@ class _Walk:
                 return call
             op = relax.op.maximum if found.op == "maximum" else relax.op.minimum
             return self.builder.normalize(op(args[0], other))
-        return self._pad_again(call, found, args) or call
+        pad = self._pad_again(call, found, args)
+        return call if pad is None else pad
 
     def _pad_again(self, call: Any, found: _Pad, args: list[Any]) -> Any | None:
         inner, outer = sizes(args[0]), sizes(call)
@@ -286,7 +306,8 @@ def _only_store(func: Any) -> Any | None:
     """Give the one store of a function that is one loop nest around it."""
     node = func.body if isinstance(func, tirx.PrimFunc) else None
     while node is not None and not isinstance(node, tirx.BufferStore):
-        node = getattr(node, "block", None) or getattr(node, "body", None)
+        inner = "block" if hasattr(node, "block") else "body"
+        node = getattr(node, inner, None)
     return node
 
 

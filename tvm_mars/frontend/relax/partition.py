@@ -19,7 +19,7 @@ from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import check, lower
-from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, parse
+from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match, parse
 from ..report import Decision, OffloadReport
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import operator, origin, rebuild, recall, to_dpl, tree
@@ -77,6 +77,8 @@ def _accepts(entry: Composite) -> Callable[[Any], bool]:
         session = _SESSION.get() or _Session(CompileOptions().arch)
         bindings = dict(context.matched_bindings.items())
         node = tree(context.matched_expr, bindings)
+        if match(entry.pattern, node) is None:  # a wildcard of TVM's also takes a constant
+            return False
         if has_leaking_intermediate_variables(context):
             session.reject(node, "a value within its chain is also used elsewhere")
             return False
@@ -235,7 +237,7 @@ def _report(mod: tvm.IRModule, candidates: Mapping[str, Node], session: _Session
         for name, node in candidates.items()
     ]
     regions = sum(is_region(func) for _, func in mod.functions_items())
-    return OffloadReport(decisions, _host_operators(mod), regions)
+    return OffloadReport(tuple(decisions), _host_operators(mod), regions)
 
 
 def _host_operators(mod: tvm.IRModule) -> tuple[str, ...]:
@@ -279,4 +281,4 @@ def _note(region: relax.Function, session: _Session, reason: str) -> None:
         if not isinstance(binding.value, relax.Function):
             continue
         for inner in all_bindings(binding.value):
-            session.reasons.setdefault(origin(inner.value), reason)
+            session.reasons[origin(inner.value)] = reason

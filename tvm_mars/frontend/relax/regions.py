@@ -130,7 +130,7 @@ def name_regions(
 
         def own(binding: Any) -> Iterator[Any]:
             call = binding.value
-            callee = mod[call.op] if _calls_global(call) else None
+            callee: Any = mod[call.op] if _calls_global(call) else None
             if not is_region(callee):
                 yield binding
                 return
