@@ -10,13 +10,44 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from . import isa, timing
 from .arch import MarsArch
+from .machine import Machine
+from .program import Region
 from .timeline import Event, Timeline
 
-__all__ = ["chrome_trace"]
+__all__ = ["chrome_trace", "record"]
 
 _PROCESS = 1
 _LAYERS = "layers"
+
+
+class _Recorder(Machine):
+    """A machine that records the use of the banks' ports beside that of its units."""
+
+    def _record(self, lane: str, name: str, start: int, end: int) -> None:
+        super()._record(lane, name, start, end)
+        instruction = self.region.instructions[self.index]
+        if isinstance(instruction, isa.Move):
+            super()._record(f"bank {instruction.bank} dma", name, start, end)
+
+    def _book(self, number: int, name: str, start: int, end: int, cost: timing.Cost) -> None:
+        super()._book(number, name, start, end, cost)
+        for bank, (reads, writes) in enumerate(zip(cost.reads, cost.writes, strict=True)):
+            if reads or writes:
+                uses = f"{name}: {reads} reads, {writes} writes"
+                super()._record(f"bank {bank} core {number}", uses, start, end)
+
+
+def record(region: Region, arch: MarsArch) -> Timeline:
+    """Give the timeline of a region with an event for each use of a unit or of a bank's port.
+
+    Raises
+    ------
+    MachineError
+        If an instruction does what the hardware cannot.
+    """
+    return _Recorder(region, arch, trace=True).run()
 
 
 def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any]:
@@ -25,7 +56,7 @@ def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any
     Parameters
     ----------
     timelines : sequence of Timeline
-        Recorded with ``trace=True``.
+        As :func:`record` gives them.
     arch : MarsArch
         The machine that they ran on.
 
@@ -54,9 +85,9 @@ def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any
 
 
 def _rank(lane: str) -> tuple[int, list[int]]:
-    """Order lanes: DMA, cores by number, then the banks' ports."""
-    kind = next((i for i, word in enumerate(("dma", "core", "bank")) if lane.startswith(word)), 3)
-    return kind, [*map(int, re.findall(r"\d+", lane)), "compute" in lane]
+    """Order lanes: DMA, the cores' units by number, then the banks' ports."""
+    kinds = ("dma", "core", "bank")
+    return kinds.index(lane.split()[0]), [*map(int, re.findall(r"\d+", lane)), "compute" in lane]
 
 
 def _metadata(lanes: dict[str, int], arch: MarsArch) -> Iterator[dict[str, Any]]:
@@ -75,7 +106,7 @@ def _complete(
         for event in (*_layer_events(timeline), *timeline.events):
             yield {
                 "name": event.name,
-                "cat": event.lane.rsplit(" ", 1)[-1],
+                "cat": event.lane.split()[0],
                 "ph": "X",
                 "ts": (offset + event.start) / arch.core_clock_mhz,
                 "dur": (event.end - event.start) / arch.core_clock_mhz,

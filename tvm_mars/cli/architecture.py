@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["arch_command"]
 
 PAPER = "Sie et al., TCAD 2022"
+WIDTH = 80
 
 
 @click.command("arch", cls=MarsCommand)
@@ -102,11 +104,12 @@ def _description(arch: MarsArch) -> Iterator[str]:
         # A choice's unit lists the choices; they are no unit.
         unit = "" if isinstance(value, (str, bool)) else info.unit
         yield f"{info.name:<28} {text} {unit}".rstrip()
-        yield f"    {info.doc}"
+        yield from textwrap.wrap(info.doc, WIDTH, initial_indent="    ", subsequent_indent="    ")
         if info.source:
             yield f"    {_source(info.source)}"
     yield ""
-    yield f"paper: {PAPER}. assumed: the paper does not say, and this project chose."
+    yield f"paper: {PAPER}"
+    yield "assumed: the paper does not say, and this project chose"
 
 
 def _source(source: str) -> str:

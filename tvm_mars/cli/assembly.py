@@ -10,9 +10,8 @@ import attrs
 import click
 
 from mars_runtime import InputError, Program, ProgramError, isa
-from mars_runtime.program import write_atomically
 
-from .base import MarsCommand, write_text
+from .base import MarsCommand, write_file, write_text
 
 if TYPE_CHECKING:
     from mars_runtime import Region
@@ -92,7 +91,7 @@ def asm_command(source: str, output: str, program: str | None, region: int | Non
         raise click.UsageError("--region needs --program")
     code = isa.encode_all(_assemble(source))
     if program is None:
-        write_atomically(output, code)
+        write_file(output, code)
         return
     loaded = Program.load(program)
     if region is None and len(loaded.regions) != 1:
@@ -103,7 +102,7 @@ def asm_command(source: str, output: str, program: str | None, region: int | Non
     regions[number] = _with_code(old, code)
     data = attrs.evolve(loaded, regions=tuple(regions)).to_bytes()
     Program.from_bytes(data, source)  # what does not make a good program is not written
-    write_atomically(output, data)
+    write_file(output, data)
 
 
 def _assemble(source: str) -> tuple[isa.Instruction, ...]:

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from mars_runtime import MarsArch
 
-__all__ = ["MarsCommand", "arch_options", "read_arch", "write_text"]
+__all__ = ["MarsCommand", "arch_options", "read_arch", "set_option", "write_file", "write_text"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -58,8 +58,14 @@ class MarsCommand(click.Command):
         except (MarsError, OSError) as error:
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
-            raise CommandError(str(error)) from None
+            raise CommandError(_message(error)) from None
         return result
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 _DEBUG = f"{__name__}.debug"
@@ -121,11 +127,19 @@ def read_arch(source: str, changes: Mapping[str, str]) -> MarsArch:
 # -- output ----------------------------------------------------------------------------------------
 
 
-def write_text(text: str, path: str | None) -> None:
-    """Write text to a file, or to stdout for None or ``-``."""
+def write_file(path: str, data: bytes) -> None:
+    """Write a file atomically."""
     from mars_runtime.program import write_atomically
 
+    try:
+        write_atomically(path, data)
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def write_text(text: str, path: str | None) -> None:
+    """Write text to a file, or to stdout for None or ``-``."""
     if path is None or path == "-":
         click.echo(text, nl=not text.endswith("\n"))
     else:
-        write_atomically(path, text.encode())
+        write_file(path, f"{text.rstrip()}\n".encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .base import MarsCommand, arch_options, read_arch, write_text
+from .base import MarsCommand, arch_options, read_arch, write_file, write_text
 
 __all__ = ["compile_command"]
 
@@ -62,15 +62,15 @@ def compile_command(
 
     compiled = tvm_mars.compile(model, target="mars", arch=machine, min_macs=min_macs)
     if dump_offloads:
-        write_text(f"{compiled.report}", dump_offloads)
+        write_text(str(compiled.report), dump_offloads)
     if program and compiled.program is None:
         raise UnsupportedError(
             "nothing was offloaded to MARS, so there is no program to write",
             where=model,
             hint="--dump-offloads - says why",
         )
-    if compiled.program is not None and program:
-        compiled.program.save(program)
+    if program and compiled.program is not None:
+        write_file(program, compiled.program.to_bytes())
     if output:
         compiled.export_library(output)
     if timing:

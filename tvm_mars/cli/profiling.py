@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
-from mars_runtime import Program, simulate
-from mars_runtime.program import write_atomically
+from mars_runtime import Program
 
-from .base import MarsCommand, write_text
+from .base import MarsCommand, write_file, write_text
 
 __all__ = ["profile_command"]
 
@@ -50,12 +50,12 @@ def profile_command(program: str, as_json: bool, trace: str | None, baseline: bo
         return
     from ..report.text import print_profile
 
-    print_profile(profile, click.get_text_stream("stdout"))
+    print_profile(profile, sys.stdout)
 
 
 def _write_trace(program: Program, path: str) -> None:
-    from mars_runtime.trace import chrome_trace
+    from mars_runtime.trace import chrome_trace, record
 
-    timelines = [simulate(region, program.arch, trace=True) for region in program.regions]
+    timelines = [record(region, program.arch) for region in program.regions]
     text = json.dumps(chrome_trace(timelines, program.arch))
-    write_atomically(path, text.encode())
+    write_file(path, text.encode())

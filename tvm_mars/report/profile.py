@@ -11,7 +11,16 @@ from typing import Any
 
 import attrs
 
-from mars_runtime import Energy, MarsArch, Program, Region, energy_of, isa, simulate
+from mars_runtime import (
+    Energy,
+    MarsArch,
+    Program,
+    ProgramError,
+    Region,
+    energy_of,
+    isa,
+    simulate,
+)
 from mars_runtime.program import LayerInfo
 from mars_runtime.timeline import STALLS, Counters, LayerTime, Timeline
 
@@ -321,7 +330,7 @@ def profile_program(program: Program, *, baseline: bool = True) -> Profile:
     MachineError
         If an instruction does what the hardware cannot.
     ProgramError
-        If the program does not describe its network, which the baseline needs.
+        If the program has no region, or does not describe its network, which the baseline needs.
 
     Examples
     --------
@@ -329,13 +338,19 @@ def profile_program(program: Program, *, baseline: bool = True) -> Profile:
     >>> from tvm_mars.report import profile_program
     >>> profile_program(Program.load("net.mars")).fps  # doctest: +SKIP
     """
+    if not program.regions:
+        raise ProgramError("has no region: nothing of it runs on MARS", where="program")
     arch = program.arch
     timelines = [simulate(region, arch) for region in program.regions]
     steady = sum(
         simulate(repeated(region, 2), arch).cycles - timeline.cycles
         for region, timeline in zip(program.regions, timelines, strict=True)
     )
-    dense = [simulate(*dense_baseline(region, arch)) for region in program.regions]  if baseline else None
+    dense = (
+        [simulate(*dense_baseline(region, arch)) for region in program.regions]
+        if baseline
+        else None
+    )
     layers = [
         layer
         for number, timeline in enumerate(timelines)

@@ -1,0 +1,98 @@
+"""``mars run``."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from mars_runtime import InputError, Program, run
+
+from .base import MarsCommand, write_file
+
+__all__ = ["run_command"]
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+# Images that are run between two updates of the progress bar.
+CHUNK = 16
+
+
+@click.command("run", cls=MarsCommand)
+@click.argument("model", metavar="OUT.so|OUT.mars")
+@click.option("--inputs", "source", required=True, metavar="X.npz", help="Arrays by input name.")
+@click.option(
+    "-o", "--output", required=True, metavar="Y.npz", help="File to write: arrays by output name."
+)
+def run_command(model: str, source: str, output: str) -> None:
+    """Run a model on a batch of images, on the simulated MARS.
+
+    X.npz holds an array [N, ...] for each input of the model, under the name that it has in the
+    ONNX model; Y.npz will hold the outputs likewise. A program (.mars) runs if all of the model is
+    on MARS, a library (.so) always.
+
+    \b
+    Example, from images in Python to results:
+      python -c "import numpy; numpy.savez('x.npz', x0=images)"
+      mars run net.so --inputs x.npz -o y.npz
+      python -c "import numpy; print(numpy.load('y.npz')['y0'].argmax(1))"
+    """
+    arrays = _read(source)
+    results = (
+        _run_program(model, arrays) if model.endswith(".mars") else _run_library(model, arrays)
+    )
+    buffer = io.BytesIO()
+    np.savez(buffer, **results)  # type: ignore[arg-type]
+    write_file(output, buffer.getvalue())
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in results.items())
+    click.echo(f"wrote {output}: {shapes}", err=True)
+
+
+def _read(path: str) -> Arrays:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError("is not an .npz file", where=path, hint="write it by numpy.savez")
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except InputError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        # numpy's own message proposes to unpickle.
+        raise InputError(
+            "is not an .npz file of plain arrays", where=path, hint="write it by numpy.savez"
+        ) from None
+
+
+def _run_program(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
+    program = Program.load(path)
+    batches = {len(array) for array in arrays.values() if array.ndim}
+    if len(batches) != 1 or max(batches) <= CHUNK or not _watched():
+        return run(program, arrays)
+    parts = []
+    with click.progressbar(
+        range(0, max(batches), CHUNK), label="running", file=sys.stderr
+    ) as steps:
+        for at in steps:
+            chunk = {name: array[at : at + CHUNK] for name, array in arrays.items()}
+            parts.append(run(program, chunk))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def _run_library(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
+    if not Path(path).is_file():
+        raise InputError("no such file", where=path)
+    from ..frontend.relax.exported import load_library  # imports TVM
+
+    return load_library(path).run(arrays)
