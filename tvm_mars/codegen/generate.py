@@ -1,276 +1,28 @@
-"""Code generation: from a graph, its packing and its schedule to instructions and image.
-
-Wait tokens are not scheduled by hand. Every instruction is emitted with the memory ranges that it
-reads and writes; the emitter finds the earlier instructions of other units that it depends on, and
-tokens are allotted to them at the end.
-"""
+"""From a graph, its packing and its schedule to a region: instructions and off-chip image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
-from mars_runtime.packing import (
-    group_set_bytes,
-    pack_group_sets,
-    pack_parameters,
-)
+from mars_runtime.packing import group_set_bytes
 from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
 from mars_runtime.timing import RAW_WORDS
 
-from .graph import Add, Conv, Graph, Pool, layer_macs
-from .pack import PackedBlock, PackedConv
-from .schedule import LayerSchedule, Load, Piece, Place, Schedule, Step, fuse_pools
-from .schedule.loads import segment_bounds
-from .schedule.plan import Window, input_windows
+from ..graph import Add, Conv, Graph, Pool, layer_macs
+from ..pack import PackedConv
+from ..schedule import LayerSchedule, Load, Place, Schedule, Step, fuse_pools
+from ..schedule.plan import Window, input_windows
+from .emitter import Emitter, Span
+from .image import Image, LoadImage
 
 __all__ = ["generate"]
-
-Array = npt.NDArray[Any]
-Lane: TypeAlias = tuple[str, int]
-Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
-
-
-# -- dependencies and tokens -----------------------------------------------------------------------
-
-
-@attrs.define
-class _Emitted:
-    instruction: isa.Instruction
-    layer: int
-    lanes: tuple[Lane, ...]
-    waits: tuple[int, ...]
-
-
-class _Emitter:
-    """Collects instructions and finds what each must wait for."""
-
-    def __init__(self) -> None:
-        self.emitted: list[_Emitted] = []
-        self.layer = 0
-        # memory -> (first, end, lanes, is_write) -> the last instruction with this access
-        self._accesses: dict[object, dict[tuple[int, int, tuple[Lane, ...], bool], int]] = {}
-        # lane -> lanes of another unit -> the last instruction there that the lane has waited for
-        self._waited: dict[Lane, dict[tuple[Lane, ...], int]] = {}
-
-    def emit(
-        self,
-        instruction: isa.Instruction,
-        lanes: tuple[Lane, ...],
-        reads: Iterable[Span] = (),
-        writes: Iterable[Span] = (),
-    ) -> None:
-        """Append an instruction that runs on some lanes and touches some memory."""
-        index = len(self.emitted)
-        found: dict[tuple[Lane, ...], int] = {}
-        marks = [(span, False) for span in reads] + [(span, True) for span in writes]
-        for (memory, first, end), is_write in marks:
-            table = self._accesses.setdefault(memory, {})
-            for (low, high, other, wrote), earlier in table.items():
-                if low < end and first < high and (wrote or is_write):
-                    found[other] = max(found.get(other, -1), earlier)
-        waits = []
-        for other, earlier in found.items():
-            if self._orders(other, earlier, lanes):
-                continue
-            if all(self._waited.get(lane, {}).get(other, -1) >= earlier for lane in lanes):
-                continue
-            waits.append(earlier)
-            for lane in lanes:
-                self._waited.setdefault(lane, {})[other] = earlier
-        for (memory, first, end), is_write in marks:
-            table = self._accesses[memory]
-            if is_write:
-                for key in [key for key in table if first <= key[0] and key[1] <= end]:
-                    if table[key] != index:
-                        del table[key]
-            table[first, end, lanes, is_write] = index
-        self.emitted.append(_Emitted(instruction, self.layer, lanes, tuple(sorted(waits))))
-
-    def _orders(self, other: tuple[Lane, ...], earlier: int, lanes: tuple[Lane, ...]) -> bool:
-        """Tell whether an earlier instruction precedes one on these lanes without a token."""
-        if other == lanes and len(lanes) == 1:
-            return True  # a unit executes its queue in order
-        # Within a layer each core writes blocks of its own and reads none that another writes.
-        compute = other[0][0] == lanes[0][0] == "compute"
-        return compute and self.emitted[earlier].layer == self.layer
-
-    def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
-        """Allot tokens; give the instructions and each one's layer."""
-        last_wait: dict[int, int] = {}
-        for index, entry in enumerate(self.emitted):
-            for earlier in entry.waits:
-                last_wait[earlier] = index
-        instructions: list[isa.Instruction] = []
-        layers: list[int] = []
-        token_of: dict[int, int] = {}
-        for index, entry in enumerate(self.emitted):
-            mask = 0
-            for earlier in entry.waits:
-                mask |= 1 << token_of[earlier]
-            token_of = {e: token for e, token in token_of.items() if last_wait[e] > index}
-            signal = 0
-            if index in last_wait:
-                free = _free_token(token_of.values())
-                if free is None:
-                    # All tokens are in use: one SYNC waits for them and stands in for all.
-                    joined = sum(1 << token for token in set(token_of.values()))
-                    token = next(iter(token_of.values()))
-                    instructions.append(isa.Sync(wait=joined, signal=token + 1))
-                    layers.append(entry.layer)
-                    token_of = dict.fromkeys(token_of, token)
-                    free = _free_token(token_of.values())
-                    assert free is not None
-                token_of[index] = free
-                signal = free + 1
-            instructions.append(attrs.evolve(entry.instruction, wait=mask, signal=signal))
-            layers.append(entry.layer)
-        return tuple(instructions), layers
-
-
-def _free_token(used: Iterable[int]) -> int | None:
-    taken = set(used)
-    return next((token for token in range(isa.TOKENS) if token not in taken), None)
-
-
-# -- the off-chip image ----------------------------------------------------------------------------
-
-
-@attrs.frozen
-class _CoreImage:
-    """Where one core's part of a load lies off-chip, in bytes."""
-
-    index: int
-    index_bytes: int
-    parameters: int
-    parameter_bytes: int
-    weights: int
-    group_sets: int
-
-
-@attrs.frozen
-class _LoadImage:
-    """A load's cores, and the bytes of descriptor before their index codes."""
-
-    cores: dict[int, _CoreImage]
-    descriptor_bytes: int
-
-
-class _Image:
-    """The off-chip image: tables (index codes, descriptors, parameters) first, then weights."""
-
-    def __init__(self) -> None:
-        self.tables: list[bytes] = []
-        self.weights: list[bytes] = []
-        self.table_bytes = self.weight_bytes = 0
-
-    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> _LoadImage:
-        """Add a load's data; weight addresses count from the end of the tables.
-
-        Descriptors are padded to the longest, so that one CONV finds every core's codes.
-        """
-        words = {core: _index_words(packed, load.cores[core]) for core in load.active}
-        longest = max((len(descriptor) for descriptor, _ in words.values()), default=0)
-        cores = {}
-        for core, (descriptor, codes) in words.items():
-            pieces = load.cores[core]
-            index = descriptor.ljust(longest, b"\0") + codes
-            parameters = _parameters(packed, pieces)
-            group_sets = load.group_sets(core)
-            cores[core] = _CoreImage(
-                self.table_bytes,
-                len(index),
-                self.table_bytes + len(index),
-                len(parameters),
-                self.weight_bytes,
-                group_sets,
-            )
-            self.tables += [index, parameters]
-            self.table_bytes += len(index) + len(parameters)
-            self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
-            if with_weights:
-                self.weights += [
-                    pack_group_sets(
-                        packed.blocks[piece.block].weights[piece.start : piece.stop],
-                        packed.weight_bits,
-                    ).tobytes()
-                    for piece in pieces
-                    if piece.group_sets
-                ]
-        return _LoadImage(cores, longest)
-
-
-def _parameters(packed: PackedConv, pieces: Sequence[Piece]) -> bytes:
-    blocks = [piece.block for piece in pieces]
-    multiplier = None if packed.multiplier is None else packed.multiplier[blocks]
-    shift = None if packed.shift is None else packed.shift[blocks]
-    return pack_parameters(packed.bias[blocks], multiplier, shift).tobytes()
-
-
-def _index_words(packed: PackedConv, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
-    """Give the load descriptor and the index codes of one core's pieces."""
-    segments, codes = [], []
-    for number, piece in enumerate(pieces):
-        block = packed.blocks[piece.block]
-        bounds = segment_bounds(block, piece.start, piece.stop)
-        for place, (start, stop) in enumerate(bounds):
-            is_last_of_piece = place == len(bounds) - 1
-            segments.append(
-                _segment(
-                    block,
-                    start,
-                    stop,
-                    out_block=piece.block,
-                    first=piece.first and place == 0,
-                    last=piece.last and is_last_of_piece,
-                    end=number == len(pieces) - 1 and is_last_of_piece,
-                )
-            )
-            codes.append(_index_codes(block, start, stop))
-    descriptor = b"".join(
-        isa.pack_word(segment).to_bytes(isa.SEGMENT_BYTES, "little") for segment in segments
-    )
-    return descriptor, b"".join(codes)
-
-
-def _segment(
-    block: PackedBlock, start: int, stop: int, *, out_block: int, first: bool, last: bool, end: bool
-) -> isa.Segment:
-    empty = start == stop
-    return isa.Segment(
-        out_block=out_block,
-        block_base=0 if empty else int(block.inputs[start]) // isa.BLOCKS_PER_SEGMENT,
-        tap_base=0 if empty else int(block.taps[start]) // isa.TAPS_PER_SEGMENT,
-        context=0 if empty else int(block.terms[start]),
-        empty=int(empty),
-        first=int(first),
-        last=int(last),
-        end=int(end),
-    )
-
-
-def _index_codes(block: PackedBlock, start: int, stop: int) -> bytes:
-    if start == stop:
-        return b""
-    taps = block.taps[start:stop] % isa.TAPS_PER_SEGMENT
-    inputs = block.inputs[start:stop] % isa.BLOCKS_PER_SEGMENT
-    # The words of a segment differ in tap, block and the first bit alone.
-    common = isa.pack_word(isa.IndexCode(count=(stop - start) % isa.GROUP_SETS_PER_SEGMENT))
-    tap_unit = isa.pack_word(isa.IndexCode(tap=1))
-    words = common + taps * tap_unit + inputs
-    words[0] += isa.pack_word(isa.IndexCode(first=1))
-    return bytes(words.astype("<u2").tobytes())
-
-
-# -- instructions ----------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -303,10 +55,10 @@ class _Generator:
     ) -> None:
         self.graph, self.arch, self.packed, self.schedule = graph, arch, packed, schedule
         self.types = graph.types
-        self.out = _Emitter()
-        self.image = _Image()
+        self.out = Emitter()
+        self.image = Image()
         self.steps = fuse_pools(graph)
-        self.loads: dict[str, list[_LoadImage]] = {
+        self.loads: dict[str, list[LoadImage]] = {
             entry.layer: [
                 self.image.add_load(packed[entry.layer], load, with_weights) for load in entry.loads
             ]

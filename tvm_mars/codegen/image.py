@@ -1,0 +1,142 @@
+"""The off-chip image: what FETCH brings to the cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from mars_runtime import isa
+from mars_runtime.packing import group_set_bytes, pack_group_sets, pack_parameters
+
+from ..pack import PackedBlock, PackedConv
+from ..schedule import Load, Piece
+from ..schedule.loads import segment_bounds
+
+__all__ = ["CoreImage", "Image", "LoadImage"]
+
+
+@attrs.frozen
+class CoreImage:
+    """Where one core's part of a load lies off-chip, in bytes."""
+
+    index: int
+    index_bytes: int
+    parameters: int
+    parameter_bytes: int
+    weights: int
+    group_sets: int
+
+
+@attrs.frozen
+class LoadImage:
+    """A load's cores, and the bytes of descriptor before their index codes."""
+
+    cores: dict[int, CoreImage]
+    descriptor_bytes: int
+
+
+class Image:
+    """The off-chip image: tables (index codes, descriptors, parameters) first, then weights."""
+
+    def __init__(self) -> None:
+        self.tables: list[bytes] = []
+        self.weights: list[bytes] = []
+        self.table_bytes = self.weight_bytes = 0
+
+    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> LoadImage:
+        """Add a load's data; weight addresses count from the end of the tables.
+
+        Descriptors are padded to the longest, so that one CONV finds every core's codes.
+        """
+        words = {core: _index_words(packed, load.cores[core]) for core in load.active}
+        longest = max((len(descriptor) for descriptor, _ in words.values()), default=0)
+        cores = {}
+        for core, (descriptor, codes) in words.items():
+            pieces = load.cores[core]
+            index = descriptor.ljust(longest, b"\0") + codes
+            parameters = _parameters(packed, pieces)
+            group_sets = load.group_sets(core)
+            cores[core] = CoreImage(
+                self.table_bytes,
+                len(index),
+                self.table_bytes + len(index),
+                len(parameters),
+                self.weight_bytes,
+                group_sets,
+            )
+            self.tables += [index, parameters]
+            self.table_bytes += len(index) + len(parameters)
+            self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
+            if with_weights:
+                self.weights += [
+                    pack_group_sets(
+                        packed.blocks[piece.block].weights[piece.start : piece.stop],
+                        packed.weight_bits,
+                    ).tobytes()
+                    for piece in pieces
+                    if piece.group_sets
+                ]
+        return LoadImage(cores, longest)
+
+
+def _parameters(packed: PackedConv, pieces: Sequence[Piece]) -> bytes:
+    blocks = [piece.block for piece in pieces]
+    multiplier = None if packed.multiplier is None else packed.multiplier[blocks]
+    shift = None if packed.shift is None else packed.shift[blocks]
+    return pack_parameters(packed.bias[blocks], multiplier, shift).tobytes()
+
+
+def _index_words(packed: PackedConv, pieces: Sequence[Piece]) -> tuple[bytes, bytes]:
+    """Give the load descriptor and the index codes of one core's pieces."""
+    segments, codes = [], []
+    for number, piece in enumerate(pieces):
+        block = packed.blocks[piece.block]
+        bounds = segment_bounds(block, piece.start, piece.stop)
+        for place, (start, stop) in enumerate(bounds):
+            is_last_of_piece = place == len(bounds) - 1
+            segments.append(
+                _segment(
+                    block,
+                    start,
+                    stop,
+                    out_block=piece.block,
+                    first=piece.first and place == 0,
+                    last=piece.last and is_last_of_piece,
+                    end=number == len(pieces) - 1 and is_last_of_piece,
+                )
+            )
+            codes.append(_index_codes(block, start, stop))
+    descriptor = b"".join(
+        isa.pack_word(segment).to_bytes(isa.SEGMENT_BYTES, "little") for segment in segments
+    )
+    return descriptor, b"".join(codes)
+
+
+def _segment(
+    block: PackedBlock, start: int, stop: int, *, out_block: int, first: bool, last: bool, end: bool
+) -> isa.Segment:
+    empty = start == stop
+    return isa.Segment(
+        out_block=out_block,
+        block_base=0 if empty else int(block.inputs[start]) // isa.BLOCKS_PER_SEGMENT,
+        tap_base=0 if empty else int(block.taps[start]) // isa.TAPS_PER_SEGMENT,
+        context=0 if empty else int(block.terms[start]),
+        empty=int(empty),
+        first=int(first),
+        last=int(last),
+        end=int(end),
+    )
+
+
+def _index_codes(block: PackedBlock, start: int, stop: int) -> bytes:
+    if start == stop:
+        return b""
+    taps = block.taps[start:stop] % isa.TAPS_PER_SEGMENT
+    inputs = block.inputs[start:stop] % isa.BLOCKS_PER_SEGMENT
+    # The words of a segment differ in tap, block and the first bit alone.
+    common = isa.pack_word(isa.IndexCode(count=(stop - start) % isa.GROUP_SETS_PER_SEGMENT))
+    tap_unit = isa.pack_word(isa.IndexCode(tap=1))
+    words = common + taps * tap_unit + inputs
+    words[0] += isa.pack_word(isa.IndexCode(first=1))
+    return bytes(words.astype("<u2").tobytes())
