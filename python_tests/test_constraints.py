@@ -131,13 +131,13 @@ def test_layers_beyond_a_limit(layer: Any, kinds: dict[str, MapType], limit: str
 def test_a_new_limit_is_one_function() -> None:
     @on_layer("maxpool")
     def no_pools(layer: Any, types: Any, arch: MarsArch) -> str | None:
-        """This machine takes no pool."""
+        """Pools are not taken."""
         return layer.name
 
     try:
-        with pytest.raises(UnsupportedError, match="This machine takes no pool: maxpool0"):
+        with pytest.raises(UnsupportedError, match="Pools are not taken: maxpool0"):
             check(POOL, ARCH)
-        assert "This machine takes no pool." in supported_ops()
+        assert "Pools are not taken." in supported_ops()
     finally:
         CONSTRAINTS.pop()
 

@@ -22,6 +22,7 @@ from mars_runtime.program import Program
 
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
+from .description import describe
 from .nodes import sizes
 from .partition import offload_report, partition_for_mars
 from .regions import INPUT_NAMES, OUTPUT_NAMES
@@ -149,22 +150,22 @@ def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
     with _timed(timings, "partition"):
         mod = partition_for_mars(mod, **options)
         report = offload_report(mod)
-    main = mod["main"]
+    inputs, output_names = _ports(mod["main"])
     with collect_programs() as programs, _timed(timings, "program"), target:
         mod = run_codegen(mod)
     with _timed(timings, "build"):
+        mod = describe(mod, inputs, output_names, report)
         executable = tvm.compile(mod, target=target, relax_pipeline="default_build")
-    return CompiledModel(
-        executable,
-        programs[0] if programs else None,
-        report,
-        tuple(
-            InputSpec(name, sizes(var), str(var.ty.dtype.dtype))
-            for name, var in zip(main.attrs[INPUT_NAMES], main.params, strict=True)
-        ),
-        tuple(str(name) for name in main.attrs[OUTPUT_NAMES]),
-        timings,
+    program = programs[0] if programs else None
+    return CompiledModel(executable, program, report, inputs, output_names, timings)
+
+
+def _ports(main: relax.Function) -> tuple[tuple[InputSpec, ...], tuple[str, ...]]:
+    inputs = tuple(
+        InputSpec(str(name), sizes(var), str(var.ty.dtype.dtype))
+        for name, var in zip(main.attrs[INPUT_NAMES], main.params, strict=True)
     )
+    return inputs, tuple(str(name) for name in main.attrs[OUTPUT_NAMES])
 
 
 @contextmanager
