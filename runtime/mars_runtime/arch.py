@@ -130,7 +130,12 @@ class MarsArch:
         512 * 1024, "bit", "[P]", "Size of one feature-map SRAM.", low=1024, high=64 * 2**20
     )
     weight_sram_bits: int = _number(
-        256 * 1024, "bit", "[A]", "Weight SRAM of a core, between off-chip and macros.", low=2048
+        256 * 1024,
+        "bit",
+        "[A]",
+        "Weight SRAM of a core, between off-chip and macros.",
+        low=2048,
+        high=2**21,
     )
     index_sram_bits: int = _number(
         4 * 1024,
@@ -146,7 +151,7 @@ class MarsArch:
         "[A]",
         "Parameter SRAM of a core: biases and requantization multipliers of the loaded blocks.",
         low=2048,
-        high=2**23,
+        high=2**21,
     )
 
     offchip_bits_per_cycle: int = _number(

@@ -20,12 +20,17 @@ __all__ = ["ConvTile", "add_tile", "pool_tile"]
 
 Array = npt.NDArray[Any]
 
+# More than any tile that fits a bank needs, padding included: what a program can ask for at most.
+_MOST_PIXELS = 2**21
+
 
 def _steps(first: int, count: int, stride: int) -> slice:
     return slice(first, first + (count - 1) * stride + 1, stride)
 
 
 def _requantize(apw: isa.Apw, scaled: Array, count: Array) -> Array:
+    if int(count.max()) << apw.shift >= 2**63:
+        raise MachineError(f"divides by {count.max()} << {apw.shift}, beyond 63 bits")
     code = divide_half_even(scaled, count << np.int64(apw.shift)) + apw.zero
     return np.asarray(np.clip(code, apw.low, apw.high))
 
@@ -100,6 +105,8 @@ class _MapView:
         x = sas.origin_x + np.arange(
             (tile[1] - 1) * sas.stride_x + (kernel[1] - 1) * sas.dilation_x + 1
         )
+        if len(blocks) * len(y) * len(x) > _MOST_PIXELS:
+            raise MachineError(f"reads a window of {len(y)} x {len(x)} pixels at once")
         inside_y = (y >= 0) & (y < self.shape[1])
         inside_x = (x >= 0) & (x < self.shape[2])
         patch = np.full(
@@ -176,6 +183,8 @@ class ConvTile:
         self.tile = (conv.height * self.apw.pool_height, conv.width * self.apw.pool_width)
         self.images = memory.images
         pixels = self.tile[0] * self.tile[1]
+        if pixels > _MOST_PIXELS:
+            raise MachineError(f"computes a tile of {pixels} pixels at once")
         self.partial_at = conv.partial_base + timing.RAW_WORDS * pixels * core.number
         self.partial_words = timing.RAW_WORDS * pixels
 
@@ -291,6 +300,8 @@ class ConvTile:
         rows = slice(conv.y, conv.y + conv.height)
         columns = slice(conv.x, conv.x + conv.width)
         words = timing.RAW_WORDS if apw.mode == isa.MODE_RAW else None
+        if words and self.tile != (conv.height, conv.width):
+            raise MachineError("pools accumulators")
         view = _MapView(self.memory, apw, words)
         place = (slice(None), view.check_tile(block, rows, columns), rows, columns)
         residual = self.core.config.residual
@@ -377,6 +388,8 @@ def pool_tile(
     if average:
         if pool.count_padding:
             count = np.full_like(count, size[0] * size[1])
+        if count.min() < 1:
+            raise MachineError("pools a window that lies wholly outside the map")
         best = _requantize(apw, best * pool.multiplier, count)
     elif best.min(initial=0) < 0:
         raise MachineError("pools a window that lies wholly outside the map")

@@ -70,7 +70,14 @@ class Machine:
         self.image_words = -(-region.image_bytes // WORD_BYTES)
         self.memory: ChipMemory | None = None
         if images is not None:
-            self.memory = ChipMemory(arch, images, self.image_words, region.offchip_words)
+            try:
+                self.memory = ChipMemory(arch, images, self.image_words, region.offchip_words)
+            except MemoryError:
+                raise MachineError(
+                    f"{images} images take {region.offchip_words * WORD_BYTES * images} bytes "
+                    f"off-chip, more than this host has",
+                    hint="run fewer images at once",
+                ) from None
 
     # -- input, output, execution --------------------------------------------------------------
 
@@ -80,7 +87,7 @@ class Machine:
         at = entry.address - self.image_words
         memory = self._data()
         memory.maps[:, at : at + entry.type.words] = pack_map(codes, entry.type)
-        memory.map_cells.ready[at : at + entry.type.words] = 0
+        memory.map_cells.ready[at : at + entry.type.words] = 1
 
     def read_output(self, port: int) -> Array:
         """Give stored codes or accumulators ``[N, C, H, W]`` from off-chip memory.

@@ -29,7 +29,8 @@ class Cells:
 
     def __init__(self, name: str, count: int) -> None:
         self.name = name
-        self.ready = np.full(count, -1, np.int64)  # -1: poison
+        # One more than the cycle; 0 is poison, so that memory is taken as it is touched.
+        self.ready = np.zeros(count, np.int64)
         self.busy = np.zeros(count, np.int64)
 
     def read(self, cells: Any, start: int, end: int, view: Callable[[Array], Array]) -> None:
@@ -40,24 +41,24 @@ class Cells:
 
     def check_read(self, ready: Array, start: int) -> None:
         """Refuse to read poison, or what is not there yet."""
-        if ready.size and ready.min() < 0:
+        if ready.size and ready.min() <= 0:
             raise PoisonError(f"reads {self.name} where nothing was written")
-        if ready.size and ready.max() > start:
+        if ready.size and ready.max() - 1 > start:
             raise HazardError(
-                f"reads {self.name} at cycle {start}, written until {ready.max()}",
+                f"reads {self.name} at cycle {start}, written until {ready.max() - 1}",
                 hint="a wait token is missing",
             )
 
     def write(self, cells: Any, start: int, end: int, view: Callable[[Array], Array]) -> None:
         """Check a write of ``view(state)[cells]`` and mark it."""
         busy, ready = view(self.busy)[cells], view(self.ready)[cells]
-        until = max(int(busy.max()), int(ready.max())) if busy.size else 0
+        until = max(int(busy.max()), int(ready.max()) - 1) if busy.size else 0
         if until > start:
             raise HazardError(
                 f"writes {self.name} at cycle {start}, in use until {until}",
                 hint="a wait token is missing",
             )
-        view(self.ready)[cells] = end
+        view(self.ready)[cells] = end + 1
 
 
 class Sram:

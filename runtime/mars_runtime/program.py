@@ -24,11 +24,13 @@ import os
 import struct
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import attrs
 import cattrs
+import numpy as np
 
 from . import isa
 from .arch import MarsArch
@@ -306,6 +308,8 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
             f"{region.image_bytes}, has {arch.offchip_bytes}",
             where=where,
         )
+    if not region.inputs or not region.outputs:
+        raise ProgramError("has no input or no output", where=where)
     ports: tuple[InputPort | OutputPort, ...] = (*region.inputs, *region.outputs)
     for port in ports:
         kind = port.type
@@ -329,6 +333,8 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
             )
         if out.dequantize.dtype not in ("float32", "uint8", "int8", "int32"):
             raise ProgramError(f"port {out.name!r} gives {out.dequantize.dtype}", where=where)
+        steps = (out.dequantize.zero_point, out.dequantize.low)
+        _verify_numbers(out, out.dequantize.scale, steps, where)
     for entry in region.inputs:
         if entry.quantize.dtype not in ("float32", "uint8", "int8"):
             raise ProgramError(f"port {entry.name!r} takes {entry.quantize.dtype}", where=where)
@@ -337,6 +343,11 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
                 f"port {entry.name!r} has codes {entry.quantize.low}..{entry.quantize.high}",
                 where=where,
             )
+        scales = (entry.quantize.scale, entry.quantize.factor)
+        _verify_numbers(entry, scales, (entry.quantize.zero_point, entry.quantize.low), where)
+        clip = entry.quantize.clip or (0, 0)
+        if not np.float32(entry.quantize.scale) or not clip[0] <= clip[1]:
+            raise ProgramError(f"port {entry.name!r} quantizes by {entry.quantize}", where=where)
     at = 0
     for layer in region.layers:
         if layer.start != at or layer.stop < at:
@@ -345,6 +356,15 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
     instructions = region.instructions
     if at > len(instructions) or not instructions or not isinstance(instructions[-1], isa.Halt):
         raise ProgramError("does not end in HALT", where=where)
+
+
+def _verify_numbers(
+    port: InputPort | OutputPort, reals: Iterable[float], steps: Iterable[int], where: str
+) -> None:
+    """Refuse conversions that float32 and int32 cannot hold."""
+    limit = float(np.finfo(np.float32).max)
+    if not all(abs(real) <= limit for real in reals) or not all(abs(s) < 2**31 for s in steps):
+        raise ProgramError(f"port {port.name!r} converts by {reals} and {steps}", where=where)
 
 
 def _volume(shape: tuple[int, ...]) -> int:

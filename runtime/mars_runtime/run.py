@@ -66,10 +66,16 @@ def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Arra
         )
     values: dict[str, Array] = {name: np.asarray(array) for name, array in inputs.items()}
     for number, region in enumerate(program.regions):
-        arrays = [values[port.name] for port in region.inputs]
+        arrays = [_named(values, port.name) for port in region.inputs]
         results = run_region(program, number, arrays)
         values.update(zip((port.name for port in region.outputs), results, strict=True))
-    return {name: values[name] for name in program.outputs}
+    return {name: _named(values, name) for name in program.outputs}
+
+
+def _named(values: Mapping[str, Array], name: str) -> Array:
+    if name not in values:
+        raise ProgramError(f"nothing gives {name!r}: its regions do not connect", where="program")
+    return values[name]
 
 
 def run_region(program: Program, number: int, inputs: Sequence[Array]) -> list[Array]:
@@ -90,8 +96,9 @@ def run_region(program: Program, number: int, inputs: Sequence[Array]) -> list[A
     images = len(codes[0])
     words = region.offchip_words + program.arch.banks * program.arch.bank_words
     step = max(1, _BATCH_BYTES // (words * WORD_BYTES))
-    parts: list[list[Array]] = [[] for _ in region.outputs]
-    for at in range(0, images, step) or (0,):
+    # Each starts with no image, so that an empty batch gives an empty batch.
+    parts = [[np.zeros((0, *port.type.shape), np.uint8)] for port in region.outputs]
+    for at in range(0, images, step):
         machine = Machine(region, program.arch, images=min(step, images - at))
         for port, array in enumerate(codes):
             machine.write_input(port, array[at : at + step])

@@ -1,0 +1,110 @@
+"""Small networks and programs that several tests share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Any
+
+import numpy as np
+
+from mars_runtime import PRESETS, Program
+from mars_runtime.quantize import Dequantize, Quantize
+from tvm_mars.compiler import NamedGraph, build
+from tvm_mars.graph import (
+    Add,
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    MapType,
+    Operand,
+    Output,
+    Pool,
+    Requant,
+    Residual,
+)
+
+
+def every_kind_of_layer(seed: int = 0) -> Graph:
+    """Every instruction's worth: fused pool, residual, projection, multipliers, pools, addition."""
+    rng = np.random.default_rng(seed)
+
+    def weight(*shape: int) -> np.ndarray:
+        return rng.integers(-40, 41, shape)
+
+    def bias(channels: int) -> np.ndarray:
+        return rng.integers(-3000, 3001, channels)
+
+    def fitted(zero: int = 0) -> Requant:
+        multiplier = rng.integers(2**20, 2**21, 32)
+        return Requant(multiplier, rng.integers(29, 31, 32), 8, zero, zero, 250)
+
+    same = (1, 1, 1, 1)
+    kind = MapType(32, 8, 8, 8, 3)
+    images = Input("x0", kind, kind.shape, Quantize(scale=0.01, zero_point=3))
+    layers = [
+        Conv("conv0", [ConvTerm("x0", weight(32, 32, 3, 3), padding=same)], bias(32), fitted(5)),
+        Pool("maxpool1", "max", "conv0", (2, 2), (2, 2)),
+        Conv(
+            "conv2",
+            [ConvTerm("maxpool1", weight(32, 32, 3, 3), padding=same)],
+            bias(32),
+            Requant.eq5(8, 17),
+            Residual("maxpool1", 4),
+        ),
+        Conv(
+            "conv3",
+            [
+                ConvTerm("conv2", weight(32, 32, 3, 3), padding=(1, 1, 0, 0), stride=(2, 2)),
+                ConvTerm("maxpool1", weight(32, 32, 1, 1), stride=(2, 2), shift=2),
+            ],
+            bias(32),
+            fitted(7),
+        ),
+        Pool("avgpool4", "avg", "conv3", (2, 2), (1, 1), (1, 1, 0, 0), False, Requant.eq5(8, 8)),
+        Add(
+            "add5",
+            [Operand("conv3", 3), Operand("avgpool4", -2)],
+            Requant([1000], [11], 8, 9, 0, 255),
+        ),
+        Pool("maxpool6", "max", "add5", (2, 2), (1, 1)),
+        Conv("conv7", [ConvTerm("maxpool6", weight(10, 32, 1, 1))], bias(10)),
+    ]
+    return Graph([images], layers, [Output("conv7", (10,), Dequantize(scale=(0.5,)))])
+
+
+def tiny_conv() -> Graph:
+    """One group-set on a 2x2 map: 16 channels, 1x1, eq. 5."""
+    kind = MapType(16, 2, 2, 8)
+    weight = np.zeros((16, 16, 1, 1), np.int8)
+    weight[np.arange(16), np.arange(16)[::-1]] = np.arange(1, 17)[:, None, None]
+    return Graph(
+        [Input("x0", kind, kind.shape, Quantize("uint8"))],
+        [Conv("conv0", [ConvTerm("x0", weight)], np.arange(16) * 8, Requant.eq5(8, 12))],
+        [Output("conv0", kind.shape, Dequantize("uint8"))],
+    )
+
+
+def small_program() -> Program:
+    """The program of :func:`every_kind_of_layer`."""
+    return build([NamedGraph.of(every_kind_of_layer())], PRESETS["mars"])
+
+
+_HEADER = struct.Struct("<8sIIQ32sQ")
+
+
+def open_program(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Give a program file's index and what follows it, without the runtime's reader."""
+    payload = data[_HEADER.size :]
+    (length,) = struct.unpack_from("<Q", payload)
+    return json.loads(payload[8 : 8 + length]), payload[8 + length :]
+
+
+def seal_program(index: object, rest: bytes) -> bytes:
+    """Make a program file with a good checksum of any index (an object, or its JSON text)."""
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    payload = struct.pack("<Q", len(text)) + text + rest
+    digest = hashlib.sha256(payload).digest()
+    return _HEADER.pack(b"MARSPROG", 1, 0, len(payload), digest, 0) + payload
