@@ -114,12 +114,22 @@ def test_accumulators_at_the_bound() -> None:
     ("layer", "kinds", "limit"),
     [
         (conv(np.ones((16, 1, 32, 65), np.int8)), types(1, 70), "at most 2048 taps: 32 x 65"),
-        (conv(np.ones((16, 1, 1, 1), np.int8), stride=(256, 1)), types(1), "are at most 255"),
-        (conv(np.ones((16, 1, 1, 1), np.int8)), types(1, 2**14 + 1), "16384 rows"),
+        (conv(np.ones((16, 1, 1, 1), np.int8), stride=(64, 1)), types(1), "are at most 63"),
+        (conv(np.ones((16, 1, 1, 1), np.int8)), types(1, 2**13), "8191 rows"),
+        (
+            conv(np.ones((16, 8320, 1, 1), np.int8)),
+            {"x0": MapType(8320 * 16, 1, 1, 8), "conv0": MapType(16, 1, 1, 8)},
+            "at most 65536 channels",
+        ),
+        (
+            conv(np.ones((16, 8192, 3, 3), np.int8)),
+            {"x0": MapType(8192, 8, 8, 8), "conv0": MapType(16, 6, 6, 8)},
+            "fits the feature-map SRAMs: needs 9216 words of 8192",
+        ),
         (
             Pool("maxpool0", "max", "x0", (2, 2), (1, 1), (2, 0, 0, 0)),
             {"x0": MapType(16, 4, 4, 8), "maxpool0": MapType(16, 5, 3, 8)},
-            "padding is less than the window",
+            "padding is less than its window",
         ),
     ],
 )

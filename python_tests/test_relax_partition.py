@@ -18,6 +18,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.patterns import COMPOSITES, Node, Op, match, parse  # noqa: E402
 from tvm_mars.frontend.relax.api import CompiledModel, import_model  # noqa: E402
+from tvm_mars.graph import evaluate  # noqa: E402
+from tvm_mars.networks import resnet20  # noqa: E402
+from tvm_mars.onnx_export import to_onnx  # noqa: E402
 
 Array = Any
 CODES = ("uint8", "int8")
@@ -262,7 +265,7 @@ def test_a_value_that_is_also_used_unquantized() -> None:
     ("attributes", "reason"),
     [
         ({"dilations": [2, 2]}, "Pooling windows are not dilated: (2, 2)"),
-        ({"strides": [300, 300]}, "are at most 255"),
+        ({"strides": [300, 300]}, "are at most 63"),
     ],
 )
 def test_a_pool_beyond_the_limits(attributes: dict[str, Any], reason: str) -> None:
@@ -288,6 +291,18 @@ def test_nan_in_the_model_is_an_error() -> None:
 
 
 # -- options and reports ---------------------------------------------------------------------------
+
+
+def test_a_region_given_back_runs_on_the_cpu_at_any_batch() -> None:
+    """Its symbolic sizes become the model's: a function's own N means nothing outside of it."""
+    graph = resnet20()
+    model = tvm_mars.compile(to_onnx(graph), min_macs=10**12)
+    assert model.program is None
+    assert not model.report.offloaded
+    images = np.random.default_rng(3).random((2, 3, 32, 32), np.float32)
+    (expected,) = evaluate(graph, {"x0": images})
+    assert (model.run({"x0": images})["y0"] == expected).all()
+    assert (model.run({"x0": images[:1]})["y0"] == expected[:1]).all()
 
 
 def test_min_macs_keeps_small_regions() -> None:

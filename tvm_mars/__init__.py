@@ -13,13 +13,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mars_runtime.arch import MarsArch
-
-from .options import CompileOptions
-
 if TYPE_CHECKING:
+    from mars_runtime.arch import MarsArch
+
     from .constraints import supported_ops
     from .frontend.relax import CompiledModel, compile, offload_report, partition_for_mars
+    from .options import CompileOptions
 
 __all__ = [
     "CompileOptions",
@@ -32,6 +31,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CompileOptions": ".options",
+    "MarsArch": "mars_runtime.arch",
     "CompiledModel": ".frontend.relax",
     "compile": ".frontend.relax",
     "offload_report": ".frontend.relax",

@@ -2,7 +2,8 @@
 
 A limit looks at a parsed spec (:func:`on_spec`) or at the integer layer made of it
 (:func:`on_layer`), and gives None if it holds, else the value that breaks it. A layer that breaks a
-limit stays on the CPU and the report carries the docstring and the value.
+limit stays on the CPU and the report carries the docstring and the value. Names in braces in a
+docstring stand for the instruction set's limits, see :data:`LIMITS`.
 
 To add one, write a function with the decorator: nothing else refers to it.
 """
@@ -15,8 +16,10 @@ from typing import Any, Literal
 import attrs
 import numpy as np
 
+from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import UnsupportedError
+from mars_runtime.maps import RAW_BITS, WORD_CHANNELS
 
 from .frontend.patterns import COMPOSITES
 from .frontend.spec import (
@@ -33,9 +36,11 @@ from .frontend.spec import (
     code_range,
 )
 from .graph import Conv, Layer, MapType, Pool, Requant, worst_accumulator
+from .schedule import Step, smallest_tile
 
 __all__ = [
     "CONSTRAINTS",
+    "LIMITS",
     "Constraint",
     "check_layer",
     "check_spec",
@@ -44,10 +49,15 @@ __all__ = [
     "supported_ops",
 ]
 
-MAX_CHANNELS = 2**16
-MAX_TAPS = 2048
-MAX_SIZE = 2**14
-MAX_STEP = 255
+# What the fields of the instructions and of the load descriptor can say.
+LIMITS: dict[str, int] = {
+    "channels": (isa.field_limit(isa.Segment, "out_block") + 1) * WORD_CHANNELS,
+    "size": isa.field_limit(isa.Apw, "height"),
+    "taps": (isa.field_limit(isa.Segment, "tap_base") + 1) * isa.TAPS_PER_SEGMENT,
+    "step": isa.field_limit(isa.Sas, "stride_y"),
+    "terms": isa.field_limit(isa.Sas, "context") + 1,
+    "accumulator": RAW_BITS,
+}
 
 _CONV = ("conv",)
 _POOLS = ("maxpool", "avgpool")
@@ -65,7 +75,8 @@ class Constraint:
     @property
     def text(self) -> str:
         """The function's docstring on one line, without the full stop."""
-        return " ".join((self.check.__doc__ or "").split()).rstrip(".")
+        text = " ".join((self.check.__doc__ or "").split()).rstrip(".")
+        return text.format_map(LIMITS)
 
 
 CONSTRAINTS: list[Constraint] = []
@@ -251,48 +262,61 @@ def reshape_flattens(spec: ReshapeSpec) -> str | None:
 
 @on_layer(*_CONV)
 def accumulators_fit(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Accumulators fit signed 32 bit whatever the input."""
+    """Accumulators fit signed {accumulator} bit whatever the input."""
     worst = worst_accumulator(layer, types)
-    return None if worst < 2**31 else f"they may reach {worst}"
+    return None if worst < 2 ** (LIMITS["accumulator"] - 1) else f"they may reach {worst}"
 
 
 @on_layer("conv", "add", *_POOLS)
 def map_sizes(layer: Layer, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Maps have at most 65536 channels and 16384 rows and columns."""
+    """Maps have at most {channels} channels and {size} rows and columns."""
     for name in (*layer.inputs, layer.name):
         entry = types[name]
-        if entry.channels > MAX_CHANNELS or max(entry.height, entry.width) > MAX_SIZE:
+        if entry.channels > LIMITS["channels"] or max(entry.height, entry.width) > LIMITS["size"]:
             return str(entry)
     return None
 
 
 @on_layer(*_CONV)
 def kernel_taps(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Kernels have at most 2048 taps."""
+    """Kernels have at most {taps} taps."""
     for term in layer.terms:
-        if term.kernel[0] * term.kernel[1] > MAX_TAPS:
+        if term.kernel[0] * term.kernel[1] > LIMITS["taps"]:
             return f"{term.kernel[0]} x {term.kernel[1]}"
     return None
 
 
 @on_layer(*_CONV)
+def conv_terms(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """At most {terms} convolutions are summed before one requantization."""
+    return None if len(layer.terms) <= LIMITS["terms"] else str(len(layer.terms))
+
+
+@on_layer(*_CONV)
 def conv_steps(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Strides, dilations and paddings of a convolution are at most 255."""
+    """Strides and dilations of a convolution are at most {step}, paddings at most {size}."""
     for term in layer.terms:
-        if max(*term.stride, *term.dilation, *term.padding) > MAX_STEP:
+        if max(*term.stride, *term.dilation) > LIMITS["step"] or max(term.padding) > LIMITS["size"]:
             return f"stride {term.stride}, dilation {term.dilation}, padding {term.padding}"
     return None
 
 
 @on_layer(*_POOLS)
 def pool_steps(layer: Pool, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Windows, strides and paddings of a pool are at most 255; padding is less than the window."""
+    """Strides of a pool are at most {step}; its padding is less than its window."""
     top, left, bottom, right = layer.padding
-    if max(*layer.kernel, *layer.stride) > MAX_STEP:
-        return f"window {layer.kernel}, stride {layer.stride}"
+    if max(layer.stride) > LIMITS["step"]:
+        return f"stride {layer.stride}"
     if max(top, bottom) >= layer.kernel[0] or max(left, right) >= layer.kernel[1]:
         return f"window {layer.kernel}, padding {layer.padding}"
     return None
+
+
+@on_layer("conv", "add", *_POOLS)
+def smallest_tile_fits(layer: Layer, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
+    """What one output pixel needs, all its channels, fits the feature-map SRAMs."""
+    missing = smallest_tile(Step(layer), types, arch)
+    return None if missing is None else f"needs {missing[0]} words of {missing[1]}"
 
 
 @on_layer("conv", "add", *_POOLS)

@@ -16,7 +16,7 @@ machine then needs no multiplier (a shift, a subtraction, a rounding), see :attr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import attrs

@@ -1,8 +1,11 @@
 """The MARS runtime: what a deployed program needs, and no compiler.
 
-``import mars_runtime`` registers ``mars.runtime.run`` with TVM where TVM is installed, so that a
-module that TVM exported can run its offloaded regions.
+A module that TVM exported runs its offloaded regions through functions that this package registers
+with TVM: at this import if TVM is there already, else when TVM is imported (by its entry point
+group ``tvm.backends``).
 """
+
+import sys
 
 from .arch import PRESETS, MarsArch, load_arch
 from .energy import Energy, energy_of
@@ -46,3 +49,8 @@ __all__ = [
     "run_region",
     "simulate",
 ]
+
+if "tvm_ffi" in sys.modules:
+    from .tvm_bridge import register
+
+    register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -115,8 +116,12 @@ class CompiledModel:
         return tuple(result.numpy() for result in results)
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Write a shared library that TVM loads in a process that imports ``mars_runtime``."""
-        self.executable.export_library(os.fspath(path))
+        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
+        target = Path(path)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            built = Path(folder) / target.name
+            self.executable.export_library(os.fspath(built))
+            built.replace(target)
 
 
 def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:

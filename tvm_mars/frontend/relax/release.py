@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from .modules import CODEGEN, COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import rebuild, recall
@@ -80,6 +80,7 @@ class _Inliner:
         self, result: Any, func: relax.Function, args: list[Any], composites: Mapping[Any, Any]
     ) -> Iterator[Any]:
         """Give bindings of a function's body, the last one to ``result``."""
+        func = _in_terms_of(func, args)
         values = dict(zip(func.params, args, strict=True))
         composites = dict(composites)
 
@@ -102,3 +103,15 @@ class _Inliner:
                 value = recall(value, value.op, [look(arg) for arg in value.args])
             yield relax.VarBinding(inner, self.builder.normalize(look(value)))
         yield relax.VarBinding(result, self.builder.normalize(look(func.body.body)))
+
+
+def _in_terms_of(func: relax.Function, args: list[Any]) -> relax.Function:
+    """Replace a function's symbolic sizes by those of the arguments that it is called with."""
+    sizes: dict[Any, Any] = {}
+    for param, arg in zip(func.params, args, strict=True):
+        own, given = getattr(param.ty, "shape", None), getattr(arg.ty, "shape", None)
+        if own is None or given is None:
+            continue
+        pairs = zip(own.values, given.values, strict=True)
+        sizes.update((a, b) for a, b in pairs if isinstance(a, tirx.Var))
+    return func.bind_symbolic_vars(sizes) if sizes else func
