@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,10 @@ def installed(tmp_path: Path) -> str:
     info = tmp_path / "site" / "tvm_mars-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tvm-mars\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[tvm.backends]\n"
-        "mars_runtime = mars_runtime.tvm_bridge:register\n"
-        "tvm_mars = tvm_mars.frontend.relax:register\n"
-    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = project["entry-points"]["tvm.backends"].items()
+    lines = ["[tvm.backends]", *(f"{name} = {value}" for name, value in entries)]
+    (info / "entry_points.txt").write_text("\n".join(lines))
     return str(info.parent)
 
 
