@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from python_tests.random_graphs import random_graph, random_inputs
 from tvm_mars.onnx_export import to_onnx
 
 tvm = pytest.importorskip("tvm")
+tomllib = pytest.importorskip("tomllib")  # CPython 3.11 has it, as has TVM with Relax
 
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.relax.api import CompiledModel, import_model  # noqa: E402
