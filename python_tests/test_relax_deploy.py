@@ -255,6 +255,23 @@ def test_import_registers_in_either_order(first: str, installed: str) -> None:
     assert out.split() == ["True", "llvm", "True"]
 
 
+@pytest.mark.parametrize("first", ["tvm_mars.compile", "tvm_mars.frontend.relax"])
+def test_tvm_may_come_behind_the_frontend(first: str, installed: str) -> None:
+    """TVM calls the entry point while the frontend that imports it is half imported."""
+    module, _, name = first.rpartition(".")
+    out = python(
+        f"""
+        import warnings
+        warnings.simplefilter("error")  # TVM warns of an entry point that fails
+        from {module} import {name}
+        import tvm
+        print(tvm.target.Target("mars").kind.name, "mars" in tvm.relax.pipeline.PIPELINE_MAP)
+        """,
+        path=(installed,),
+    )
+    assert out.split() == ["llvm", "True"]
+
+
 def test_importing_the_package_needs_no_tvm() -> None:
     out = python("import sys, tvm_mars; print('tvm' in sys.modules, dir(tvm_mars))")
     assert out.startswith("False") and "compile" in out
