@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper
 
 from python_tests.onnx_models import imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
-from tvm_mars.graph import Graph, evaluate, evaluate_layer
+from tvm_mars.graph import Graph, evaluate, evaluate_layer, evaluate_values
 from tvm_mars.onnx_export import to_onnx
 from tvm_mars.options import CompileOptions
 
@@ -83,10 +84,8 @@ def test_native_network_is_exact(seed: int) -> None:
             np.testing.assert_array_equal(result, wanted, err_msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:Field 'shape'")
-@pytest.mark.random(6)
-def test_imported_layers_differ_by_one_code_at_most(seed: int) -> None:
-    """Each layer, fed the codes that ONNX Runtime gives it, is within a code of its result."""
+def observed(seed: int) -> tuple[Graph, dict[str, Any]]:
+    """Lower an imported network; give ONNX Runtime's codes for each of its quantized maps."""
     model = imported_model(seed)
     codes = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     elements = {
@@ -102,13 +101,20 @@ def test_imported_layers_differ_by_one_code_at_most(seed: int) -> None:
     ]
     del model.graph.output[:]
     model.graph.output.extend(outputs)
-    inputs = model_inputs(model, seed, images=8)
-    found = onnx_runtime(model, inputs)
+    found = onnx_runtime(model, model_inputs(model, seed, images=8))
     graph = lowered(model).graph
     values: dict[str, Any] = {}
     for out, result in zip(graph.outputs, found, strict=True):
         stored = result.astype(np.int64) - out.dequantize.low
         values[out.value] = stored.reshape(len(result), *graph.types[out.value].shape)
+    return graph, values
+
+
+@pytest.mark.filterwarnings("ignore:Field 'shape'")
+@pytest.mark.random(6)
+def test_imported_layers_differ_by_one_code_at_most(seed: int) -> None:
+    """Each layer, fed the codes that ONNX Runtime gives it, is within a code of its result."""
+    graph, values = observed(seed)
     checked = 0
     for layer in graph.layers:
         if not set(layer.inputs) <= set(values):  # a max pool of codes is no output: exact anyway
@@ -120,6 +126,27 @@ def test_imported_layers_differ_by_one_code_at_most(seed: int) -> None:
         assert np.abs(ours - values[layer.name]).max() <= 1, layer.name
         checked += 1
     assert checked >= 6
+
+
+@pytest.mark.filterwarnings("ignore:Field 'shape'")
+def test_histogram_of_imported_differences() -> None:
+    """From the same input codes on, over twenty networks: how far codes stray end to end.
+
+    ONNX Runtime rounds float32 products of the scales where the machine is exact, so that a code
+    near a tie may fall to the other side (some 4 in 10,000 a layer), and layers add up.
+    """
+    histogram: Counter[int] = Counter()
+    for seed in range(20):
+        graph, theirs = observed(seed)
+        inputs = {entry.name: theirs[entry.name] for entry in graph.inputs}
+        ours = evaluate_values(graph, inputs)
+        for name in set(theirs) - set(inputs):
+            steps, counts = np.unique(np.abs(ours[name] - theirs[name]), return_counts=True)
+            histogram.update(dict(zip(steps.tolist(), counts.tolist(), strict=True)))
+    print("codes by end-to-end difference:", dict(sorted(histogram.items())))
+    assert histogram[0] >= 0.99 * histogram.total()
+    assert histogram[0] + histogram[1] >= 0.999 * histogram.total()
+    assert max(histogram) <= 4
 
 
 @pytest.mark.random(4)
