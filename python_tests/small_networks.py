@@ -42,7 +42,7 @@ def every_kind_of_layer(seed: int = 0) -> Graph:
         return Requant(multiplier, rng.integers(29, 31, 32), 8, zero, zero, 250)
 
     same = (1, 1, 1, 1)
-    kind = MapType(32, 8, 8, 8, 3)
+    kind = MapType(32, 12, 12, 8, 3)
     images = Input("x0", kind, kind.shape, Quantize(scale=0.01, zero_point=3))
     layers = [
         Conv("conv0", [ConvTerm("x0", weight(32, 32, 3, 3), padding=same)], bias(32), fitted(5)),
@@ -51,7 +51,7 @@ def every_kind_of_layer(seed: int = 0) -> Graph:
             "conv2",
             [ConvTerm("maxpool1", weight(32, 32, 3, 3), padding=same)],
             bias(32),
-            Requant.eq5(8, 17),
+            Requant.eq5(8, 16),
             Residual("maxpool1", 4),
         ),
         Conv(
@@ -70,9 +70,9 @@ def every_kind_of_layer(seed: int = 0) -> Graph:
             Requant([1000], [11], 8, 9, 0, 255),
         ),
         Pool("maxpool6", "max", "add5", (2, 2), (1, 1)),
-        Conv("conv7", [ConvTerm("maxpool6", weight(10, 32, 1, 1))], bias(10)),
+        Conv("conv7", [ConvTerm("maxpool6", weight(20, 32, 1, 1))], bias(20)),
     ]
-    return Graph([images], layers, [Output("conv7", (10,), Dequantize(scale=(0.5,)))])
+    return Graph([images], layers, [Output("conv7", (20, 2, 2), Dequantize(scale=(0.5,)))])
 
 
 def tiny_conv() -> Graph:

@@ -75,7 +75,7 @@ def test_empty_and_large_batches(data, monkeypatch):
     whole = run(program, inputs)["y0"]
     monkeypatch.setattr(sys.modules["mars_runtime.run"], "_BATCH_BYTES", 1)
     np.testing.assert_array_equal(run(program, inputs)["y0"], whole)
-    assert run(program, {"x0": inputs["x0"][:0]})["y0"].shape == (0, 10)
+    assert run(program, {"x0": inputs["x0"][:0]})["y0"].shape == (0, 20, 2, 2)
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_program_without_weights_cannot_be_written():
     [
         (lambda x: {}, "missing"),
         (lambda x: {"x0": x, "x1": x}, "unknown"),
-        (lambda x: {"x0": x[:, :, :4]}, r"input x0: shape \(2, 32, 4, 8\)"),
+        (lambda x: {"x0": x[:, :, :4]}, r"input x0: shape \(2, 32, 4, 12\)"),
         (lambda x: {"x0": x[0]}, "input x0: shape"),
         (lambda x: {"x0": x.astype(np.float64)}, "float64, expected float32"),
         (lambda x: {"x0": np.where(x == x.max(), np.nan, x)}, "holds NaN"),

@@ -352,6 +352,7 @@ class Machine:
         bare = attrs.evolve(conv, signal=0, wait=0, y=0, x=0)
         loads, costs, starts = [], [], []
         offchip_words = 0
+        splits = False
         for number in numbers:
             core = self.cores[number]
             core.open = False
@@ -359,18 +360,24 @@ class Machine:
                 core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot
             )
             cost = timing.conv_cost(self.arch, bare, core.config, load)
+            _refuse_unused(core.config.output, *_UNUSED_BY_MODE[core.config.output.mode])
             contexts = {segment.context for visit in load.visits for segment in visit.segments}
             banks = self._output_banks(core, sorted(contexts))
-            if cost.partial_words:
-                waits = [*waits, (self.dma_free, "maps")]
-            elif any(not (visit.first and visit.last) for visit in load.visits):
-                banks = sorted({*banks, conv.partial_bank})
+            own_waits = waits
+            if load.splits:
+                splits = True
+                if cost.partial_words:
+                    own_waits = [*waits, (self.dma_free, "maps")]
+                else:
+                    banks = sorted({*banks, conv.partial_bank})
             loads.append(load)
             costs.append(cost)
-            starts.append(self._compute_start(core, waits, banks))
+            starts.append(self._compute_start(core, own_waits, banks))
             offchip_words += cost.partial_words
             for bank in banks:
                 self.bank_compute[bank] = max(self.bank_compute[bank], starts[-1] + cost.cycles)
+        if not splits:
+            _refuse_unused(conv, "partial", "partial_bank", "partial_base")
         transfer = timing.offchip_cycles(self.arch, offchip_words * timing.WORD_BITS)
         latest = 0
         for place, number in enumerate(numbers):
@@ -412,6 +419,14 @@ class Machine:
             if not len(blocks):
                 continue
             cost = cost_of(self.arch, instruction, core.config, len(blocks))
+            _refuse_unused(core.config.output, "mode", "pool_height", "pool_width")
+            if name == "POOL" and instruction.mode == isa.POOL_MAX:
+                _refuse_unused(core.config.output, "shift", "zero", "low", "high")
+                _refuse_unused(instruction, "multiplier", "count_padding")
+            if name == "ADD" and not instruction.operands:
+                _refuse_unused(instruction, "multiplier_b")
+            for context in contexts:
+                _refuse_unused(core.config.context(context), "shift", "kernel_width")
             banks = self._output_banks(core, contexts)
             start = self._compute_start(core, waits, banks)
             end = start + cost.cycles
@@ -438,6 +453,13 @@ class Machine:
         return max(max(waits)[0], self.now), "cores"
 
 
+# Fields of APW that CONV does not use.
+_UNUSED_BY_MODE = {
+    isa.MODE_SHIFT: (),
+    isa.MODE_MULTIPLIER: ("shift",),
+    isa.MODE_RAW: ("shift", "wide", "zero", "low", "high", "pool_height", "pool_width"),
+}
+
 _HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Waits], Done]] = {
     isa.Fetch: Machine._fetch,
     isa.Prepare: Machine._prepare,
@@ -452,6 +474,15 @@ _HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Waits], Done]] = 
     isa.Sync: Machine._sync,
     isa.Halt: Machine._halt,
 }
+
+
+def _refuse_unused(setting: isa.Instruction, *names: str) -> None:
+    """Refuse fields that have no meaning here, so that no bit of a program is without effect."""
+    for name in names:
+        value = getattr(setting, name)
+        if value != getattr(attrs.fields(type(setting)), name).default:
+            kind = type(setting).__name__.upper()
+            raise MachineError(f"{kind} has {name}={value}, which means nothing here")
 
 
 def _check_span(move: isa.Move, base: int, plane: int, pitch: int, size: int, where: str) -> None:

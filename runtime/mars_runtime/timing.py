@@ -106,6 +106,11 @@ class Load:
     segments: int
     codes: int
 
+    @property
+    def splits(self) -> bool:
+        """Whether a sum is continued from, or into, another load."""
+        return any(not (visit.first and visit.last) for visit in self.visits)
+
 
 @functools.lru_cache(maxsize=4096)
 def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:

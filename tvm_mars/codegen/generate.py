@@ -568,7 +568,7 @@ class _Generator:
         cores = tuple(range(min(self.arch.cores, blocks)))
         for context, source in enumerate(sources):
             if isinstance(layer, Pool):
-                self._sas(cores, context, source, layer.stride, kernel_width=layer.kernel[1])
+                self._sas(cores, context, source, layer.stride)
             else:
                 self._sas(cores, context, source)
         target, (y, x), out_span = self._target(step, schedule, tile, block, blocks)
