@@ -1,0 +1,177 @@
+"""Ranges: how a trained network fits into 0..1.
+
+Eq. 5 stores 0..1, a trained network's maps reach further. Each map is therefore divided by a
+constant, which goes into gamma and beta of the layer that gives it; the next normalization undoes
+it. Maps that meet in an addition, or that a pool passes on, share their constant.
+"""
+
+# torch is not there when types are checked, so its classes are Any.
+# mypy: allow-subclassing-any, allow-untyped-decorators
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .functions import normalize_weight, per_kernel
+from .layers import Addition, Average, Drop, Entry, Layer, Maximum, Sum, Term
+from .network import MarsNetwork
+
+__all__ = ["calibrate"]
+
+CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
+SAMPLES = 100_000
+
+
+@torch.no_grad()
+def calibrate(network: MarsNetwork, images: Tensor) -> None:
+    """Fit the maps of a network into 0..1, and take the statistics of its normalizations.
+
+    Each range is the one with the least squared error of quantization.
+
+    Parameters
+    ----------
+    images : Tensor ``[N, C, H, W]``
+        Some hundred, in 0..1.
+    """
+    if network.method == "float":
+        return
+    ranges = _ranges(network, images)
+    for layer in network.sums():
+        given = [ranges[name] for name in layer.inputs]
+        for term, before in zip(layer.terms, given, strict=False):
+            _rescale(term, before, ranges[layer.name])
+    _take_statistics(network, images)
+
+
+def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
+    """Give each value's constant; of a result that leaves unquantized, the least possible."""
+    samples = _real_samples(network, images)
+    chains = _Chains(network)
+    ranges: dict[str, float] = {}
+    for members in chains.groups():
+        fixed = any(isinstance(layer, Entry) for layer in members)
+        given = [samples[m.name] for m in members if isinstance(m, Sum) and m.bits is not None]
+        bits = min([m.bits for m in members if isinstance(m, Sum) and m.bits], default=8)
+        best = 1.0 if fixed or not given else _best_range(torch.cat(given), bits)
+        ranges.update({layer.name: best for layer in members})
+    for layer in network.sums():
+        if layer.bits is None:
+            ranges[layer.name] = _result_range(layer, [ranges[name] for name in layer.inputs])
+    return ranges
+
+
+def _result_range(layer: Sum, given: list[float]) -> float:
+    """Give the least constant that keeps the weights of a last layer below 1."""
+    peaks = [
+        float(term.gamma.abs().max()) * before
+        for term, before in zip(layer.terms, given, strict=False)
+        if term.gamma is not None
+    ]
+    return max(1.0, *peaks) if peaks else 1.0
+
+
+def _real_samples(network: MarsNetwork, images: Tensor) -> dict[str, Tensor]:
+    """Values of the network before any quantization: a copy of it, run in float."""
+    real = copy.deepcopy(network).eval()
+    for layer in real.layers:
+        if isinstance(layer, Sum):
+            for term in layer.terms:
+                _make_real(term)
+        if hasattr(layer, "method"):
+            layer.method = "float"
+    values = real.evaluate_values(images)
+    found = {}
+    for name, value in values.items():
+        flat = value.flatten()
+        stride = max(1, len(flat) // SAMPLES)
+        found[name] = flat[::stride].float()
+    return found
+
+
+def _make_real(term: Term) -> None:
+    group = term.group if term.method == "mars" else len(term.weight)
+    normalized = normalize_weight(term.masked_weight(), group)
+    if term.gamma is not None:
+        normalized = normalized * per_kernel(term.gamma, normalized)
+    term.weight.copy_(normalized)
+    term.mask.fill_(1)
+
+
+def _best_range(values: Tensor, bits: int) -> float:
+    values = values.clamp_min(0)
+    largest = float(values.max())
+    if largest == 0:
+        return 1.0
+    top = 2**bits - 1
+    best, least = largest, float("inf")
+    for i in range(1, CANDIDATES + 1):
+        span = largest * i / CANDIDATES
+        codes = (values / span).clamp(max=1).mul(top).round()
+        error = float((codes * (span / top) - values).square().mean())
+        if error < least:
+            best, least = span, error
+    return best
+
+
+def _rescale(term: Term, before: float, after: float) -> None:
+    if term.norm is None:
+        assert term.bias is not None
+        term.bias.div_(after)
+        if term.gamma is not None:
+            term.gamma.mul_(before / after)
+        return
+    term.norm.weight.div_(after)
+    term.norm.bias.div_(after)
+    term.norm.running_mean.div_(before)
+    variance = (term.norm.running_var + term.norm.eps) / before**2 - term.norm.eps
+    term.norm.running_var.copy_(variance.clamp_min(0))
+
+
+@torch.no_grad()
+def _take_statistics(network: MarsNetwork, images: Tensor) -> None:
+    """Set the moving averages to the statistics of the given images, layer by layer."""
+    norms = [term.norm for term in network.terms() if term.norm is not None]
+    momenta = [norm.momentum for norm in norms]
+    training = network.training
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()
+    network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.train(training)
+
+
+class _Chains:
+    """Layers whose values share a constant, as they are added or passed on."""
+
+    def __init__(self, network: MarsNetwork) -> None:
+        self.layers = {layer.name: layer for layer in network.layers}
+        self.parent = {name: name for name in self.layers}
+        for layer in network.layers:
+            for name in _tied_inputs(layer):
+                self.parent[self.root(name)] = self.root(layer.name)
+
+    def root(self, name: str) -> str:
+        """Give the representative of a layer's group."""
+        while self.parent[name] != name:
+            name = self.parent[name]
+        return name
+
+    def groups(self) -> list[list[Layer]]:
+        """Give the groups."""
+        found: dict[str, list[Layer]] = {}
+        for name, layer in self.layers.items():
+            found.setdefault(self.root(name), []).append(layer)
+        return list(found.values())
+
+
+def _tied_inputs(layer: Layer) -> tuple[str, ...]:
+    if isinstance(layer, Sum):
+        return () if layer.residual is None else (layer.residual,)
+    if isinstance(layer, Maximum | Average | Drop | Addition):
+        return layer.inputs
+    return ()

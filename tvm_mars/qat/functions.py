@@ -1,0 +1,258 @@
+"""Equations 5 to 8 as differentiable functions.
+
+Rounding and clamping have straight-through gradients: of a rounding the identity, of a clamp zero
+outside its range.
+
+:class:`FoldedConv` is the convolution with batch normalization folded into its weights. What it
+computes is ``conv(x, W-)``, ``W-`` from eq. 7 and 8 with the statistics of ``conv(x, W^)``, so two
+convolutions; its gradient is that of an ordinary batch normalization behind ``conv``, which takes
+one convolution backward each to the input and to the weights. Through the input it goes by the
+quantized weights, as they are what the deployed network has.
+
+Source: Sie et al., TCAD 2022, eq. 5 to 8. DoReFa-Net: Zhou et al., arXiv 1606.06160.
+"""
+
+# torch is not there when types are checked, so its classes are Any.
+# mypy: allow-subclassing-any, allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+__all__ = [
+    "FoldedConv",
+    "Geometry",
+    "batch_statistics",
+    "convolve",
+    "dorefa_activation",
+    "dorefa_weight",
+    "normalize_weight",
+    "quantize_activation",
+    "quantize_weight",
+    "round_bias",
+]
+
+aten = torch.ops.aten
+
+
+@attrs.frozen
+class Geometry:
+    """How a kernel moves; None of a dense layer, which takes its input flat."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry | None) -> Tensor:
+    """Convolve, or multiply the flattened input with a matrix."""
+    if how is None:
+        return functional.linear(x.flatten(1), weight, bias)
+    return functional.conv2d(x, weight, bias, how.stride, how.padding, how.dilation, how.groups)
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+
+class _Levels(torch.autograd.Function):
+    """``round(clamp(a, 0, 1) * top) * step``; the gradient of the clamp alone."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, top: int, step: float) -> Tensor:
+        ctx.save_for_backward(a)
+        return functional.hardtanh(a, 0.0, 1.0).mul_(top).round_().mul_(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (a,) = ctx.saved_tensors
+        return aten.hardtanh_backward(gradient, a, 0.0, 1.0), None, None
+
+
+def quantize_activation(a: Tensor, bits: int) -> Tensor:
+    """Eq. 5: codes over ``2**bits``."""
+    return _Levels.apply(a, 2**bits - 1, 2.0**-bits)
+
+
+def dorefa_activation(a: Tensor, bits: int) -> Tensor:
+    """DoReFa: codes over ``2**bits - 1``."""
+    return _Levels.apply(a, 2**bits - 1, 1 / (2**bits - 1))
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def normalize_weight(weight: Tensor, group: int) -> Tensor:
+    """Eq. 6: tanh over its largest magnitude in each ``group`` of kernels; a zero stays zero."""
+    bounded = torch.tanh(weight)
+    return bounded / per_kernel(group_peak(bounded, group), weight)
+
+
+def per_kernel(values: Tensor, weight: Tensor) -> Tensor:
+    """Shape one value per kernel so that it multiplies weights."""
+    return values.view(-1, *[1] * (weight.ndim - 1))
+
+
+@torch.no_grad()
+def group_peak(weight: Tensor, group: int) -> Tensor:
+    """Largest magnitude in each group of kernels, one per kernel; 1 where all are zero."""
+    peak = weight.abs().flatten(1).amax(1)
+    blocks = functional.pad(peak, (0, -len(peak) % group)).view(-1, group).amax(1)
+    blocks = torch.where(blocks > 0, blocks, torch.ones_like(blocks))
+    return blocks.repeat_interleave(group)[: len(peak)]
+
+
+class _WeightCodes(torch.autograd.Function):
+    """Eq. 8 behind the clamp of eq. 7."""
+
+    @staticmethod
+    def forward(ctx: Any, scaled: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(scaled)
+        half = 2 ** (bits - 1)
+        return scaled.clamp(-1, 1).mul_(half - 1).round_().div_(half)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (scaled,) = ctx.saved_tensors
+        return gradient * (scaled.abs() <= 1), None
+
+
+def quantize_weight(normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Eq. 7 and 8: ``round(clamp(scale * W^, -1, 1) * (2**(bits-1) - 1)) / 2**(bits-1)``.
+
+    Parameters
+    ----------
+    scale : Tensor ``[O]``
+        ``gamma / sqrt(var + eps)``.
+    """
+    return _WeightCodes.apply(normalized * per_kernel(scale, normalized), bits)
+
+
+def round_bias(bias: Tensor, steps: float) -> Tensor:
+    """Round half to even to multiples of ``1 / steps``, within int32; the gradient passes."""
+    with torch.no_grad():
+        # The largest float32 below 2**31: 2**31 - 1 itself would round up to 2**31.
+        rounded = (bias * steps).round_().clamp_(-(2.0**31), 2.0**31 - 128).div_(steps)
+    return bias + (rounded - bias).detach() if bias.requires_grad else rounded
+
+
+def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
+    """DoReFa's weights in -1..1, with a straight-through rounding."""
+    bounded = torch.tanh(weight)
+    smooth = bounded / bounded.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
+    top = 2**bits - 1
+    exact = torch.round((smooth.detach() / 2 + 0.5) * top) * (2 / top) - 1
+    return smooth + (exact - smooth).detach()
+
+
+# -- folded normalization --------------------------------------------------------------------------
+
+
+def batch_statistics(y: Tensor, synchronized: bool) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance per channel; over all ranks if ``synchronized``."""
+    # Eight times as fast as var_mean; its own moving averages, of which it needs some, are unused.
+    kind = torch.promote_types(y.dtype, torch.float32)
+    unused = torch.zeros(2, y.shape[1], dtype=kind, device=y.device)
+    mean, variance = aten.batch_norm_update_stats(y, unused[0], unused[1], 1.0)
+    if not synchronized:
+        return mean, variance
+    moments = torch.stack([mean, variance + mean.square()]) / dist.get_world_size()
+    dist.all_reduce(moments)
+    return moments[0], (moments[1] - moments[0].square()).clamp_min_(0)
+
+
+def _others(y: Tensor) -> list[int]:
+    return [0, *range(2, y.ndim)]
+
+
+class FoldedConv(torch.autograd.Function):
+    """``conv(x, quantized) + bias`` with the gradient of a batch normalization of ``y``.
+
+    Arguments: the input; ``W^``; gamma; the bias; then, without gradients of their own, ``y`` =
+    conv(x, W^), its mean and inverse deviation, ``W-`` before its rounding and after, the geometry,
+    and whether the statistics are those of all ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        _normalized: Tensor,
+        _gamma: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        mean: Tensor,
+        inverse: Tensor,
+        scaled: Tensor,
+        quantized: Tensor,
+        how: Geometry | None,
+        synchronized: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, y, mean, inverse, scaled, quantized, _gamma)
+        ctx.how, ctx.synchronized = how, synchronized
+        return convolve(x, quantized, None if bias is None else bias.to(x.dtype), how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+        x, y, mean, inverse, scaled, quantized, gamma = ctx.saved_tensors
+        centred, to_gamma, to_bias = _norm_backward(gradient, y, mean, inverse, ctx.synchronized)
+        to_x, to_weight = _convolve_backward(centred.to(x.dtype), x, quantized, ctx)
+        scale = per_kernel(gamma * inverse, scaled)
+        to_weight = to_weight.float() * scale * (scaled.abs() <= 1)
+        bias = to_bias if ctx.needs_input_grad[3] else None
+        return (to_x, to_weight, to_gamma, bias, *[None] * 7)
+
+
+def _convolve_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, ctx: Any
+) -> tuple[Tensor | None, Tensor]:
+    how: Geometry | None = ctx.how
+    if how is None:
+        return (gradient @ weight).view_as(x), gradient.T @ x.flatten(1)
+    to_x, to_weight, _ = aten.convolution_backward(
+        gradient,
+        x,
+        weight,
+        None,
+        how.stride,
+        how.padding,
+        how.dilation,
+        False,
+        [0, 0],
+        how.groups,
+        [ctx.needs_input_grad[0], True, False],
+    )
+    return to_x, to_weight
+
+
+def _norm_backward(
+    gradient: Tensor, y: Tensor, mean: Tensor, inverse: Tensor, synchronized: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradient with its mean and its share along the normalized ``y`` removed.
+
+    Also its sums with the normalized ``y`` and alone: the gradients of gamma and beta.
+    """
+    if not synchronized:
+        # Its own weight undone: 1 / inverse in place of gamma.
+        centred, to_gamma, to_beta = aten.native_batch_norm_backward(
+            gradient, y, 1 / inverse, None, None, mean, inverse, True, 0.0, [True, True, True]
+        )
+        return centred, to_gamma, to_beta
+    shape = (1, -1, *[1] * (y.ndim - 2))
+    normal = (y - mean.view(shape)) * inverse.view(shape)
+    to_gamma, to_beta = (gradient * normal).sum(_others(y)), gradient.sum(_others(y))
+    means = torch.stack([to_gamma, to_beta]) / (y.numel() / y.shape[1] * dist.get_world_size())
+    dist.all_reduce(means)
+    centred = gradient - means[1].view(shape) - normal * means[0].view(shape)
+    return centred, to_gamma, to_beta

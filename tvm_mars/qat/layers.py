@@ -1,0 +1,432 @@
+"""The layers of a network in training: :class:`tvm_mars.graph.Conv` and its like, with gradients.
+
+A :class:`Sum` adds convolutions, a bias and perhaps a map, and quantizes the total once. Each
+convolution is a :class:`Term`: latent weights, the mask of its group-sets, and what scales it,
+a batch normalization or (without one) a gamma and a bias of its own.
+"""
+
+# torch is not there when types are checked, so its classes are Any.
+# mypy: allow-subclassing-any, allow-untyped-decorators
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .functions import (
+    FoldedConv,
+    Geometry,
+    batch_statistics,
+    convolve,
+    dorefa_activation,
+    dorefa_weight,
+    group_peak,
+    normalize_weight,
+    per_kernel,
+    quantize_activation,
+    quantize_weight,
+    round_bias,
+)
+
+__all__ = ["Addition", "Average", "Drop", "Entry", "Layer", "Maximum", "Method", "Sum", "Term"]
+
+Method: TypeAlias = Literal["mars", "dorefa", "float"]
+
+BLOCK = 16  # kernels, and input channels, of a group-set
+_NEAR_ONE = 0.95  # latent weights start at atanh of the given ones, which has a pole at 1
+
+
+class Layer(nn.Module):
+    """A layer of a network: its name, the values that it reads, and (if known) its map's shape."""
+
+    shape: tuple[int, ...] | None = None
+
+    def __init__(self, name: str, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.name, self.inputs = name, tuple(inputs)
+
+    def extra_repr(self) -> str:
+        """Show the name and the inputs."""
+        return f"{self.name} <- {', '.join(self.inputs)}"
+
+
+class Term(nn.Module):
+    """One convolution, or dense matrix, of a :class:`Sum`.
+
+    Parameters
+    ----------
+    name : str
+        The module of the user's network that it comes from.
+    weight, bias : Tensor
+        Its parameters.
+    geometry : Geometry or None
+        None for a dense layer.
+    norm : batch normalization or None
+    taps : int
+        Pixels of the map that a dense layer takes flat.
+    """
+
+    norm: nn.Module | None
+    gamma: nn.Parameter | None
+    bias: nn.Parameter | None
+    mask: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry | None,
+        norm: nn.Module | None,
+        *,
+        method: Method,
+        bits: int,
+        group: int,
+        taps: int = 1,
+    ) -> None:
+        super().__init__()
+        self.name, self.geometry, self.taps = name, geometry, taps
+        self.method, self.bits, self.group = method, bits, group
+        self.block = (BLOCK, BLOCK)
+        weight, channels = weight.detach(), len(weight)
+        self.norm, self.gamma = copy.deepcopy(norm), None
+        # In front of a batch normalization a bias only moves the mean.
+        start = torch.zeros(channels) if bias is None else bias.detach().clone()
+        self.bias = nn.Parameter(start) if norm is None else None
+        peak = torch.ones(channels)
+        if method != "float":
+            weight = weight.clamp(-_NEAR_ONE, _NEAR_ONE)
+            peak = group_peak(weight, group if method == "mars" else channels)
+            weight = torch.atanh(weight)
+        if norm is not None:
+            _rescale_statistics(self.norm, start, peak)
+        elif method == "mars":
+            self.gamma = nn.Parameter(peak.clone())
+        self.weight = nn.Parameter(weight.clone())
+        self.register_buffer("mask", torch.ones(self.group_set_shape(), dtype=torch.bool))
+        self.frozen = False
+
+    def extra_repr(self) -> str:
+        """Show what it is."""
+        shape = "x".join(map(str, self.weight.shape))
+        return f"{self.name} {shape} {self.method} w{self.bits}"
+
+    # -- group-sets --
+
+    def set_block(self, kernels: int, channels: int) -> None:
+        """Set the size of what is pruned together (alpha and N of eq. 4), and prune nothing."""
+        self.block = (kernels, channels)
+        self.mask = self.mask.new_ones(self.group_set_shape())
+
+    def group_set_shape(self) -> tuple[int, int, int]:
+        """Kernel blocks, channel blocks, taps."""
+        channels, given, taps = self._as_taps(self.weight).shape
+        return (-(-channels // self.block[0]), -(-given // self.block[1]), taps)
+
+    def _as_taps(self, weight: Tensor) -> Tensor:
+        """View weights as ``[O, C, taps]``."""
+        taps = self.taps if self.geometry is None else weight[0, 0].numel()
+        return weight.reshape(len(weight), -1, taps)
+
+    def group_set_norms(self, weight: Tensor | None = None) -> Tensor:
+        """Norm of each group-set of the (masked) weights (eq. 4): ``[O / alpha, C / N, taps]``."""
+        full = self._as_taps(self.masked_weight() if weight is None else weight)
+        channels, given, taps = full.shape
+        rows, columns, _ = self.group_set_shape()
+        pad = (0, 0, 0, columns * self.block[1] - given, 0, rows * self.block[0] - channels)
+        blocks = functional.pad(full.square(), pad)
+        blocks = blocks.view(rows, self.block[0], columns, self.block[1], taps).sum((1, 3))
+        # The root's gradient at 0 is infinite: there, 0 is wanted.
+        safe = torch.where(blocks > 0, blocks, torch.ones_like(blocks))
+        return torch.where(blocks > 0, safe.sqrt(), torch.zeros_like(blocks))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeat a value per group-set over its weights."""
+        channels, given, _ = self._as_taps(self.weight).shape
+        rows = values.repeat_interleave(self.block[0], 0)[:channels]
+        return rows.repeat_interleave(self.block[1], 1)[:, :given].reshape(self.weight.shape)
+
+    def masked_weight(self) -> Tensor:
+        """Latent weights, zero in pruned group-sets."""
+        return self.weight * self.spread(self.mask)
+
+    # -- weights --
+
+    def normalized(self) -> Tensor:
+        """``W^`` of eq. 6."""
+        return normalize_weight(self.masked_weight(), self.group)
+
+    def fold(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized weights and the unrounded bias, by the moving averages."""
+        if self.norm is None:
+            assert self.gamma is not None and self.bias is not None
+            return quantize_weight(normalized, self.gamma, self.bits), self.bias
+        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        bias = self.norm.bias - scale * self.norm.running_mean
+        return quantize_weight(normalized, scale, self.bits), bias
+
+    def normalizes(self) -> bool:
+        """Whether the batch's own statistics are taken."""
+        return self.norm is not None and self.norm.training and not self.frozen
+
+    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Mean and variance of ``conv(x, W^)``, noted in the moving averages; whether of all ranks.
+
+        A SyncBatchNorm takes them over all ranks; any other norm over this one.
+        """
+        norm = self.norm
+        assert norm is not None
+        together = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized()
+        mean, variance = batch_statistics(y, together)
+        count = y.numel() // y.shape[1] * (dist.get_world_size() if together else 1)
+        norm.num_batches_tracked += 1
+        share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
+        return mean, variance, together
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Convolution and normalization of the methods that fold nothing."""
+        weight = self.masked_weight()
+        if self.method == "dorefa":
+            weight = dorefa_weight(weight, self.bits) * self.spread(self.mask)
+        y = convolve(x, weight, self.bias, self.geometry)
+        return y if self.norm is None else self.norm(y)
+
+
+def _rescale_statistics(norm: nn.Module, bias: Tensor, peak: Tensor) -> None:
+    """Let moving averages of ``conv(x, W) + bias`` be those of ``conv(x, W / peak)``."""
+    norm.running_mean.sub_(bias).div_(peak)
+    # eps stays what it is, and counts against the rescaled variance.
+    variance = (norm.running_var + norm.eps) / peak.square() - norm.eps
+    norm.running_var.copy_(variance.clamp_min(0))
+
+
+class Sum(Layer):
+    """Convolutions, bias and residual into the same accumulators, then one quantizer.
+
+    Parameters
+    ----------
+    terms : Term
+        One for each input; a residual is the last input.
+    bits : int or None
+        Width of the resulting codes; None where the accumulators themselves leave.
+    grid : int
+        The accumulators lie on multiples of ``2**-grid``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        terms: Sequence[Term],
+        *,
+        method: Method,
+        bits: int | None,
+        grid: int,
+    ) -> None:
+        super().__init__(name, inputs)
+        self.terms = nn.ModuleList(terms)
+        self.method, self.bits, self.grid = method, bits, grid
+
+    @property
+    def residual(self) -> str | None:
+        """The map that is added, if any."""
+        return self.inputs[-1] if len(self.inputs) > len(self.terms) else None
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Give the quantized sum."""
+        total = self.accumulate(*values)
+        if self.bits is None:
+            return total
+        if self.method == "float":
+            return functional.relu(total)
+        if self.method == "dorefa":
+            return dorefa_activation(total, self.bits)
+        return quantize_activation(total, self.bits)
+
+    def accumulate(self, *values: Tensor) -> Tensor:
+        """Give the sum before it is quantized."""
+        pairs = list(zip(self.terms, values, strict=False))
+        if self.method == "mars":
+            total = self._folded(pairs)
+        else:
+            total = sum_of([term.plain(x) for term, x in pairs])
+        return total if self.residual is None else total + values[-1]
+
+    def _folded(self, pairs: Sequence[tuple[Term, Tensor]]) -> Tensor:
+        # All biases are rounded as one, so they come before the convolutions.
+        folded = [_fold(term, x) for term, x in pairs]
+        bias = round_bias(sum_of([part.bias for part in folded]), 2.0**self.grid)
+        parts = [part.convolution(bias if i == 0 else None) for i, part in enumerate(folded)]
+        return sum_of(parts)
+
+    @torch.no_grad()
+    def codes(self) -> tuple[list[Tensor], Tensor]:
+        """Weight codes of each term (int8) and bias codes (int32), by the moving averages."""
+        folded = [term.fold(term.normalized()) for term in self.terms]
+        bias = round_bias(sum_of([bias for _, bias in folded]), 2.0**self.grid)
+        weights = [
+            (weight * 2 ** (term.bits - 1)).to(torch.int8)
+            for term, (weight, _) in zip(self.terms, folded, strict=True)
+        ]
+        return weights, (bias.double() * 2.0**self.grid).to(torch.int32)
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Add tensors in order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+class _Plain:
+    """A term whose statistics are constants: one convolution, ordinary gradients."""
+
+    def __init__(self, term: Term, x: Tensor) -> None:
+        self.term, self.x = term, x
+        self.weight, self.bias = term.fold(term.normalized())
+
+    def convolution(self, bias: Tensor | None) -> Tensor:
+        return convolve(self.x, self.weight, bias, self.term.geometry)
+
+
+class _Normalized:
+    """A term folded by the statistics of its batch."""
+
+    def __init__(self, term: Term, x: Tensor) -> None:
+        assert term.norm is not None
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        self.term, self.x = term, x.to(kind)
+        self.normalized = term.normalized()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            self.y = convolve(self.x, self.normalized.to(kind), None, term.geometry)
+            self.mean, variance, self.together = term.statistics(self.y)
+            self.inverse = torch.rsqrt(variance + term.norm.eps)
+            scale = term.norm.weight * self.inverse
+            self.scaled = self.normalized * per_kernel(scale, self.normalized)
+            self.weight = quantize_weight(self.normalized, scale, term.bits).to(kind)
+        self.bias = term.norm.bias - scale * self.mean
+
+    def convolution(self, bias: Tensor | None) -> Tensor:
+        assert self.term.norm is not None
+        with torch.autocast("cpu", enabled=False):
+            return FoldedConv.apply(
+                self.x,
+                self.normalized,
+                self.term.norm.weight,
+                bias,
+                self.y,
+                self.mean,
+                self.inverse,
+                self.scaled,
+                self.weight,
+                self.term.geometry,
+                self.together,
+            )
+
+
+def _fold(term: Term, x: Tensor) -> _Plain | _Normalized:
+    return _Normalized(term, x) if term.normalizes() else _Plain(term, x)
+
+
+class Entry(Layer):
+    """The quantizer of an input: eq. 5 on real numbers in 0..1."""
+
+    def __init__(self, name: str, *, method: Method, bits: int) -> None:
+        super().__init__(name, ())
+        self.method, self.bits = method, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the quantized input."""
+        if self.method == "float":
+            return x
+        quantize = dorefa_activation if self.method == "dorefa" else quantize_activation
+        return quantize(x, self.bits)
+
+
+class Addition(Layer):
+    """The sum of two maps, quantized."""
+
+    def __init__(self, name: str, inputs: Sequence[str], *, method: Method, bits: int) -> None:
+        super().__init__(name, inputs)
+        self.method, self.bits = method, bits
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Give the quantized sum."""
+        if self.method == "float":
+            return left + right
+        quantize = dorefa_activation if self.method == "dorefa" else quantize_activation
+        return quantize(left + right, self.bits)
+
+
+class Maximum(Layer):
+    """A max pool: codes pass."""
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> None:
+        super().__init__(name, (source,))
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the maxima."""
+        return functional.max_pool2d(x, self.kernel, self.stride, self.padding)
+
+
+class Average(Layer):
+    """An average pool, quantized; without ``kernel``, of the whole map."""
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        kernel: tuple[int, int] | None,
+        stride: tuple[int, int] | None = None,
+        padding: tuple[int, int] = (0, 0),
+        count_include_pad: bool = True,
+        *,
+        method: Method,
+        bits: int,
+    ) -> None:
+        super().__init__(name, (source,))
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.count_include_pad = count_include_pad
+        self.method, self.bits = method, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the quantized averages."""
+        # The quotient is no dyadic number: float64 keeps it on the right side of every tie.
+        exact = x if self.training or self.method == "float" else x.double()
+        kernel = self.kernel or (x.shape[2], x.shape[3])
+        average = functional.avg_pool2d(
+            exact, kernel, self.stride, self.padding, count_include_pad=self.count_include_pad
+        )
+        if self.method == "float":
+            return average
+        quantize = dorefa_activation if self.method == "dorefa" else quantize_activation
+        return quantize(average, self.bits).to(x.dtype)
+
+
+class Drop(Layer):
+    """Dropout, in training only."""
+
+    def __init__(self, name: str, source: str, share: float) -> None:
+        super().__init__(name, (source,))
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero a share of the values."""
+        return functional.dropout(x, self.share, self.training)
