@@ -1,4 +1,4 @@
-"""The architecture description: every number documented, bounded, and refused outside its bounds."""
+"""The architecture description: every number documented and bounded."""
 
 from __future__ import annotations
 
