@@ -26,6 +26,14 @@ MACHINES: dict[str, MarsArch] = {
     "partial": attrs.evolve(
         MARS, weight_groups_per_partition=8, array_fill_cycles=3, overlap="prefetch", cores=2
     ),
+    "partial off-chip": attrs.evolve(
+        MARS,
+        weight_groups_per_partition=10,
+        bank_bits=18 * 1024,
+        overlap="full",
+        array_fill_cycles=2000,
+        cores=2,
+    ),
 }
 
 #: Fields whose alteration may leave results, time and counts as they are, and why.
