@@ -66,6 +66,7 @@ class Machine:
         self.tokens: dict[int, tuple[int, str]] = {}
         self.layers = [LayerTime(layer.name, layer.kind) for layer in region.layers]
         self.layers = self.layers or [LayerTime("region", "region")]
+        self.computed = [0] * len(self.layers)  # until when a layer's cores compute
         self.layer_number = self.index = 0
         self.image_words = -(-region.image_bytes // WORD_BYTES)
         self.memory: ChipMemory | None = None
@@ -307,7 +308,7 @@ class Machine:
         return latest, "cores"
 
     def _compute_start(self, core: Core, waits: Waits, banks: Sequence[int]) -> int:
-        """Find when a core can start, and book its waiting under the last cause."""
+        """Find when a core can start, and book its waiting."""
         causes = [*waits]
         if self.arch.overlap != "full":
             causes.append((core.load_free, "weights"))
@@ -315,13 +316,36 @@ class Machine:
             causes.append((core.fetch_free, "weights"))
         causes += [(self.bank_move[bank], "maps") for bank in banks]
         start, cause = max(causes)
-        if start > core.compute_free:
-            self.layer.stalls[cause] += start - core.compute_free
+        self._book_wait(core.compute_free, start, cause)
         return max(start, core.compute_free)
+
+    def _book_wait(self, since: int, until: int, cause: str) -> None:
+        """Book a core's waiting, in its own layer under the last cause.
+
+        What lies before the end of the layer before is the time in which other cores computed
+        that, and maps left behind them; unless the core runs ahead of them.
+        """
+        if until <= since:
+            return
+        ahead = until <= self.layer.start
+        begin = since if ahead else max(since, self.layer.start)
+        self.layer.stalls[cause] += until - begin
+        self._book_idle(since, begin, self.layer_number - 1)
+
+    def _book_idle(self, since: int, until: int, number: int) -> None:
+        """Book a core's time without work, back from a layer."""
+        while since < until:
+            layer = self.layers[number]
+            first = max(since, layer.start)
+            computed = min(max(first, self.computed[number]), until)
+            layer.stalls["cores"] += computed - first
+            layer.stalls["maps"] += until - computed
+            until, number = first, number - 1
 
     def _book(self, number: int, name: str, start: int, end: int, cost: timing.Cost) -> None:
         core, layer, counters = self.cores[number], self.layer, self.counters
         core.compute_free = end
+        self.computed[self.layer_number] = max(self.computed[self.layer_number], end)
         latency = min(
             end - start - cost.macro_cycles,
             self.arch.apw_latency_cycles
@@ -446,11 +470,10 @@ class Machine:
     def _halt(self, halt: isa.Halt, waits: Waits) -> Done:
         if self.index != len(self.region.instructions) - 1:
             raise MachineError("stands before the end of the program")
-        waiting_for_map = self.dma_free >= self.now
+        end = max(max(waits)[0], self.now)
         for core in self.cores:
-            tail = max(0, self.now - core.compute_free)
-            self.layer.stalls["maps" if waiting_for_map else "cores"] += tail
-        return max(max(waits)[0], self.now), "cores"
+            self._book_idle(core.compute_free, end, self.layer_number)
+        return end, "cores"
 
 
 # Fields of APW that CONV does not use.

@@ -12,7 +12,7 @@ __all__ = ["STALLS", "Counters", "Event", "LayerTime", "Timeline"]
 STALLS: dict[str, str] = {
     "weights": "waits for weights, index codes or parameters to be loaded",
     "maps": "waits for feature maps to travel to or from off-chip memory",
-    "cores": "waits for other cores to finish what it depends on",
+    "cores": "idle while others compute: no kernel block for it, or it needs theirs",
     "issue": "waits for the controller to issue, or sets registers",
     "ports": "a bank port is busier than the macros",
     "latency": "pipeline drain of macros and APW",
@@ -70,7 +70,7 @@ class LayerTime:
 
     ``cycles`` is the time from the end of the layer before to the end of this one;
     ``macro_cycles`` and ``stalls`` (by cause, see :data:`STALLS`) are sums over cores, and together
-    they are ``cores * cycles`` over a whole region.
+    they are ``cores * cycles``: of a region, and of each layer where no core runs ahead.
     """
 
     name: str
