@@ -201,9 +201,9 @@ def import_model(source: Any) -> tvm.IRModule:
     if module.startswith("onnx"):
         return _import_onnx(source)
     if module.startswith("torch"):
-        from tvm.relax.frontend.torch import from_exported_program
+        from .exported_program import import_exported_program
 
-        return from_exported_program(source)
+        return import_exported_program(source)
     raise UnsupportedError(
         f"a {type(source).__name__}",
         where="model",
