@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Sequence
 
 import attrs
 import numpy as np
 import pytest
 
 from mars_runtime import PRESETS, Machine, MarsArch, isa, simulate
-from mars_runtime.errors import (
-    CapacityError,
-    HazardError,
-    MachineError,
-    MemoryAccessError,
-    PoisonError,
-)
-from mars_runtime.maps import MapType
-from mars_runtime.packing import pack_group_sets, pack_parameters
-from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
+from mars_runtime.errors import CapacityError, MachineError
+from mars_runtime.memory import Cells
+from mars_runtime.program import Region
 from mars_runtime.quantize import Dequantize, Quantize
 from mars_runtime.timeline import Timeline
 from python_tests.random_graphs import FOCI, events, features, random_graph, random_inputs
 from tvm_mars.compiler import NamedGraph, build_region, pack
-from tvm_mars.graph import Conv, Graph, Pool, evaluate_values
+from tvm_mars.graph import (
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    MapType,
+    Output,
+    Pool,
+    Requant,
+    Residual,
+    evaluate_values,
+)
 from tvm_mars.schedule import Schedule, fuse_pools, plan
 from tvm_mars.schedule.plan import input_windows
 
@@ -82,20 +84,16 @@ def execute(region: Region, arch: MarsArch, graph: Graph, codes: dict[str, np.nd
 class AuditedMachine(Machine):
     """Counts on its own what the memories' cells really see."""
 
-    def __init__(self, region: Region, arch: MarsArch, images: int) -> None:
-        super().__init__(region, arch, images)
-        self.instruction_ends: list[int] = []
-
     def audit(self) -> None:
         """Assert what must hold of memories and counters after a run."""
         counters = total(self.layers)
         memory = self.memory
         assert memory is not None
         for cells in memory.bank_cells:
-            written = cells.ready >= 0
+            written = cells.ready > 0
             # A word that is used was written before; nothing is used after the end.
             assert not (cells.busy > 0)[~written].any()
-            assert cells.ready.max() <= self.now and cells.busy.max() <= self.now
+            assert cells.ready.max() <= self.now + 1 and cells.busy.max() <= self.now
         code = self.region.instructions
         fetches = [one for one in code if isinstance(one, isa.Fetch)]
         moves = [one for one in code if isinstance(one, isa.Move)]
@@ -147,23 +145,24 @@ def assert_macs(timeline: Timeline, region: Region, graph: Graph, arch: MarsArch
         assert layer.counters.macro_accesses == arch.macros_per_core * layer.macro_cycles
 
 
-def assert_weights_fetched_once(timeline: Timeline, region: Region, schedule: Schedule) -> None:
-    """Where the schedule passes the loads once, off-chip bits are the stored ones exactly."""
-    once = all(
-        entry.order == "loads" or len(entry.loads) <= 1 or len(list(_tiles(entry, region))) == 1
-        for entry in schedule.layers
-    )
-    if once:
-        assert total(timeline.layers).fetched_bits == 8 * region.image_bytes
-
-
-def _tiles(entry, region):
-    info = next(one for one in region.layers if one.name.split("+")[0] == entry.layer)
-    return [
-        one
-        for one in region.instructions[info.start : info.stop]
-        if isinstance(one, isa.Conv) and one.cores
-    ][: 2 if len(entry.loads) == 1 else None][: len(entry.loads)]
+def assert_weights_fetched(
+    region: Region, schedule: Schedule, graph: Graph, arch: MarsArch
+) -> None:
+    """Weight bits off-chip are the stored ones, once for each time that a load is filled."""
+    packed = pack(graph, arch)
+    steps = fuse_pools(graph)
+    for step, entry, info in zip(steps, schedule.layers, region.layers, strict=True):
+        if not isinstance(step.layer, Conv):
+            continue
+        one = packed[step.layer.name]
+        tiles = len(list(entry.tiles(graph.types[step.output])))
+        passes = tiles if entry.order == "tiles" else 1
+        fetched = sum(
+            fetch.length
+            for fetch in region.instructions[info.start : info.stop]
+            if isinstance(fetch, isa.Fetch) and fetch.memory == isa.MEMORY_WEIGHT
+        )
+        assert fetched * 8 == passes * one.group_sets * 256 * one.weight_bits
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -191,4 +190,172 @@ def test_machine_agrees_with_the_reference(name, chunk, first_seed):
         assert simulate(region, arch) == timeline, f"seed {seed}"
         assert_conserved(timeline, arch)
         assert_macs(timeline, region, graph, arch)
+        schedule = plan(graph, arch, pack(graph, arch))
+        assert_weights_fetched(region, schedule, graph, arch)
     assert ran > CHUNK // 2
+
+
+POOLS = [((2, 2), (10, 12)), ((2, 2), (9, 7)), ((3, 2), (11, 8)), ((1, 3), (5, 10))]
+    ((2, 2), (10, 12)),
+    ((2, 2), (9, 7)),
+    ((3, 2), (11, 8)),
+    ((1, 3), (5, 10)),
+    ((4, 4), (9, 9)),
+]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(("window", "size"), POOLS, ids=str)
+def test_pools_fused_behind_a_convolution(name, window, size):
+    """Max pools that the APW does while writing, rows and columns left over included."""
+    rng = np.random.default_rng(size)
+    for channels, stride, native in ((16, 1, True), (40, 1, False), (24, 2, False)):
+        kind = MapType(channels, size[0] * stride, size[1] * stride, 8, 0 if native else 9)
+        weight = rng.integers(-30, 31, (48, channels, 3, 3)) * (rng.random((1, 1, 3, 3)) < 0.7)
+        term = ConvTerm("x0", weight, stride=(stride, stride), padding=(1, 1, 1, 1))
+        scaled = Requant(rng.integers(2**19, 2**20, 48), [28], 8, 3, 3, 240)
+        requant = Requant.eq5(8, 17) if native else scaled
+        layers = [
+            Conv("conv0", [term], rng.integers(-4000, 4000, 48), requant),
+            Pool("maxpool1", "max", "conv0", window, window),
+        ]
+        images = Input("x0", kind, kind.shape, Quantize("uint8"))
+        shape = (48, size[0] // window[0], size[1] // window[1])
+        graph = Graph([images], layers, [Output("maxpool1", shape, Dequantize("uint8"))])
+        assert fuse_pools(graph)[0].pool
+        region = build_region(NamedGraph.of(graph), MACHINES[name])
+        codes = {"x0": rng.integers(0, 256, (2, *kind.shape))}
+        outputs, timeline = execute(region, MACHINES[name], graph, codes)
+        np.testing.assert_array_equal(outputs[0], evaluate_values(graph, codes)["maxpool1"])
+        assert_conserved(timeline, MACHINES[name])
+        assert_macs(timeline, region, graph, MACHINES[name])
+
+
+# -- coverage --------------------------------------------------------------------------------------
+
+
+def test_the_networks_meet_what_they_should(first_seed):
+    """At least ten hits of each over the networks above, on the machines that they run on."""
+    hits = Counter[str]()
+    for seed in range(first_seed, first_seed + NETWORKS):
+        graph = network_of(seed)
+        hits.update(features(graph))
+        for name, count in events(graph, random_inputs(graph, seed, images=1 + seed % 2)).items():
+            hits[name] += count > 0
+        for name in ("prefetch", "tiny", "one"):
+            hits.update(schedule_features(graph, MACHINES[name]))
+    for name in (
+        "over-64", "empty-block", "sub-kernels", "projection", "residual", "mixed-widths",
+        "tie", "low", "high", "spill", "halo", "partial bank", "partial offchip", "tiles outside",
+        "loads outside", "depthwise", "grouped", "dilated", "strided", "zero-point",
+        "per-channel", "raw", "overlapping-pool", "count-pad", "count-valid", "global-pool",
+        "multi-input", "multi-output", "wide-input", "add", "all-zero",
+    ):  # fmt: skip
+        assert hits[name] >= 10, f"{name}: {hits[name]} of {dict(hits)}"
+
+
+def schedule_features(graph: Graph, arch: MarsArch) -> set[str]:
+    """Name what a graph's schedule holds."""
+    try:
+        schedule = plan(graph, arch, pack(graph, arch))
+    except CapacityError:
+        return set()
+    found = {"spill"} if schedule.spills else set()
+    for step, entry in zip(fuse_pools(graph), schedule.layers, strict=True):
+        if step.pool:
+            found.add("fused pool")
+        if any(load.splits for load in entry.loads):
+            found.add(f"partial {entry.partial}")
+        tiles = list(entry.tiles(graph.types[step.output]))
+        if len(tiles) < 2:
+            continue
+        if len(entry.loads) > 1:
+            found.add(f"{entry.order} outside")
+        first, second = (input_windows(step, graph.types, tile)[0] for tile in tiles[:2])
+        if entry.staged[0] and first.x == second.x and second.y < first.y + first.height:
+            found.add("halo")
+    return found
+
+
+def test_every_word_written_to_a_bank_is_read():
+    """A dense network without strides that skip pixels: nothing is computed or moved in vain."""
+    graph = vgg_like()
+    for bank_bits in (512, 64, 24):
+        arch = attrs.evolve(MARS, bank_bits=bank_bits * 1024, weight_groups_per_partition=20)
+        region = build_region(NamedGraph.of(graph), arch)
+        machine = Machine(region, arch, images=1)
+        assert machine.memory is not None
+        banks = [UnreadCells(cells.name, len(cells.ready)) for cells in machine.memory.bank_cells]
+        machine.memory.bank_cells = banks
+        machine.write_input(0, np.ones((1, 16, 16, 16), np.uint8))
+        machine.run()
+        assert sum(cells.written for cells in banks) > 16 * 16 * 4
+        assert [cells.wasted + int(cells.unread.sum()) for cells in banks] == [0, 0]
+
+
+class UnreadCells(Cells):
+    """Cells that know which words nothing has read since they were written."""
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__(name, count)
+        self.unread = np.zeros(count, bool)
+        self.wasted = self.written = 0
+
+    def read(self, cells, start, end, view):
+        super().read(cells, start, end, view)
+        view(self.unread)[cells] = False
+
+    def check_read(self, ready, start):
+        super().check_read(ready, start)
+        base = ready.__array_interface__["data"][0] - self.ready.__array_interface__["data"][0]
+        if 0 <= base < self.ready.nbytes:  # a view of the state: partial sums, residuals in place
+            place = np.lib.stride_tricks.as_strided(
+                self.unread[base // 8 :], ready.shape, [stride // 8 for stride in ready.strides]
+            )
+            place[...] = False
+
+    def write(self, cells, start, end, view):
+        super().write(cells, start, end, view)
+        self.wasted += int(view(self.unread)[cells].sum())
+        self.written += int(view(self.unread)[cells].size)
+        view(self.unread)[cells] = True
+
+
+def vgg_like() -> Graph:
+    """Three dense 3x3 convolutions with a residual and a pool, all group-sets full."""
+    rng = np.random.default_rng(3)
+    kind = MapType(16, 16, 16, 8)
+    same = (1, 1, 1, 1)
+
+    def conv(number: int, source: str, given: int, channels: int, residual=None) -> Conv:
+        weight = rng.integers(1, 9, (channels, given, 3, 3))
+        term = ConvTerm(source, weight, padding=same)
+        return Conv(f"conv{number}", [term], np.zeros(channels), Requant.eq5(8, 19), residual)
+
+    layers = [
+        conv(0, "x0", 16, 32),
+        conv(1, "conv0", 32, 32, Residual("conv0", 2)),
+        Pool("maxpool2", "max", "conv1", (2, 2), (2, 2)),
+        conv(3, "maxpool2", 32, 48),
+        Pool("avgpool4", "avg", "conv3", (8, 8), (1, 1), requant=Requant.eq5(8, 8)),
+    ]
+    images = Input("x0", kind, kind.shape, Quantize("uint8"))
+    return Graph([images], layers, [Output("avgpool4", (48,), Dequantize("uint8"))])
+
+
+def test_data_do_not_change_the_timeline():
+    graph = vgg_like()
+    region = build_region(NamedGraph.of(graph), MARS)
+    rng = np.random.default_rng(0)
+    timelines = []
+    for images in (1, 3):
+        machine = Machine(region, MARS, images=images)
+        machine.write_input(0, rng.integers(0, 256, (images, 16, 16, 16)))
+        timelines.append(machine.run())
+    assert timelines[0] == timelines[1] == simulate(region, MARS)
+
+
+def test_machine_without_data_says_so():
+    region = build_region(NamedGraph.of(vgg_like()), MARS)
+    with pytest.raises(MachineError, match="timeline"):
+        Machine(region, MARS).read_output(0)

@@ -1,0 +1,105 @@
+"""Loads and the default schedule: everything once, within every memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import attrs
+import numpy as np
+import pytest
+
+from mars_runtime import PRESETS, isa
+from mars_runtime.errors import CapacityError
+from mars_runtime.packing import block_parameter_bytes
+from python_tests.random_graphs import random_graph
+from tvm_mars.compiler import NamedGraph, build_region, pack
+from tvm_mars.schedule import Step, make_loads, plan, smallest_tile
+from tvm_mars.schedule.loads import segment_bounds
+
+MARS = PRESETS["mars"]
+MACHINES = {
+    "mars": MARS,
+    "mars-dense": PRESETS["mars-dense"],
+    "small": attrs.evolve(
+        MARS, index_sram_bits=256, parameter_sram_bits=2048, weight_groups_per_partition=7
+    ),
+    "two": attrs.evolve(MARS, cores=2, dual_4bit_cells=True, index_sram_bits=512),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_loads_hold_every_group_set_once_within_every_memory(name, first_seed):
+    arch = MACHINES[name]
+    for seed in range(first_seed, first_seed + 150):
+        for packed in pack(random_graph(seed), arch).values():
+            loads = make_loads(packed, arch, [2] * 8)
+            held: dict[int, list[tuple[int, int]]] = {}
+            core_of: dict[int, set[int]] = {}
+            for load in loads:
+                descriptors, codes = [0], [0]
+                for core, pieces in enumerate(load.cores):
+                    segments = 0
+                    for piece in pieces:
+                        held.setdefault(piece.block, []).append((piece.start, piece.stop))
+                        core_of.setdefault(piece.block, set()).add(core)
+                        assert piece.total == packed.blocks[piece.block].group_sets
+                        block = packed.blocks[piece.block]
+                        segments += len(segment_bounds(block, piece.start, piece.stop))
+                    assert load.group_sets(core) <= arch.slots(packed.weight_bits)
+                    record = block_parameter_bytes(packed.multiplier is not None)
+                    assert len(pieces) * record * 8 <= arch.parameter_sram_bits
+                    descriptors.append(segments * isa.SEGMENT_BYTES)
+                    codes.append(load.group_sets(core) * isa.CODE_BYTES)
+                # Every core's codes begin behind the longest descriptor.
+                assert (max(descriptors) + max(codes)) * 8 <= arch.index_sram_bits
+            for number, block in enumerate(packed.blocks):
+                pieces = held.pop(number)
+                assert pieces[0][0] == 0 and pieces[-1][1] == block.group_sets
+                assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
+                assert len(core_of[number]) == 1  # a partial sum stays on its core
+            assert not held
+
+
+def test_segments_hold_64_group_sets_of_one_term_and_base():
+    for seed in range(100):
+        for packed in pack(random_graph(seed), MARS).values():
+            for block in packed.blocks:
+                keys = block.segment_keys()
+                bounds = segment_bounds(block, 0, block.group_sets)
+                assert bounds[0][0] == 0 and bounds[-1][1] == block.group_sets
+                for start, stop in bounds if block.group_sets else []:
+                    assert 0 < stop - start <= 64 and len(np.unique(keys[start:stop], axis=0)) == 1
+
+
+def test_cores_are_balanced_to_one_block(first_seed):
+    for seed in range(first_seed, first_seed + 60):
+        for packed in pack(random_graph(seed), MARS).values():
+            work = [0] * MARS.cores
+            for load in make_loads(packed, MARS, [2] * 8):
+                for core in range(MARS.cores):
+                    work[core] += load.group_sets(core)
+            heaviest = max(block.group_sets for block in packed.blocks)
+            assert max(work) - min(work) <= max(heaviest, len(packed.blocks))
+
+
+def test_what_fits_no_bank_is_refused_naming_layer_and_words():
+    """A dense layer over 1040 channels needs its whole input at once: 65 blocks, 2 planes."""
+    graph = next(
+        graph
+        for graph in (random_graph(seed, focus="wide-input") for seed in range(50))
+        if graph.types["x0"].channels == 1040 and graph.types["x0"].bits == 8
+    )
+    tiny = attrs.evolve(MARS, bank_bits=1024)
+    with pytest.raises(CapacityError, match=r"conv0.*words.*enlarge bank_bits") as caught:
+        build_region(NamedGraph.of(graph), tiny)
+    assert (caught.value.need, caught.value.have) == smallest_tile(
+        Step(graph.layers[0]), graph.types, tiny
+    )
+    assert smallest_tile(Step(graph.layers[0]), graph.types, MARS) is None
+
+
+def test_schedule_prints_a_line_per_layer():
+    graph = random_graph(4)
+    schedule = plan(graph, MARS, pack(graph, MARS))
+    lines = str(schedule).splitlines()
+    assert len(lines) == len(schedule.layers) + 1 and lines[-1].startswith("spilled: ")
