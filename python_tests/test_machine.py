@@ -196,12 +196,6 @@ def test_machine_agrees_with_the_reference(name, chunk, first_seed):
 
 
 POOLS = [((2, 2), (10, 12)), ((2, 2), (9, 7)), ((3, 2), (11, 8)), ((1, 3), (5, 10))]
-    ((2, 2), (10, 12)),
-    ((2, 2), (9, 7)),
-    ((3, 2), (11, 8)),
-    ((1, 3), (5, 10)),
-    ((4, 4), (9, 9)),
-]
 
 
 @pytest.mark.parametrize("name", MACHINES)
