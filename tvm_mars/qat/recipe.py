@@ -40,7 +40,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Distillation", "Recipe", "Training", "load_recipe", "recipe_names"]
+__all__ = ["Distillation", "Recipe", "Training", "load_recipe", "recipe_names", "recipe_of"]
 
 T = TypeVar("T")
 
@@ -186,7 +186,13 @@ def load_recipe(source: str | Path, changes: Mapping[str, str] | None = None) ->
         raise OptionError(str(error), where=str(source)) from None
     for key, value in (changes or {}).items():
         _change(table, key, value)
-    return _structure(Recipe, table, str(source))
+    return recipe_of(table, str(source))
+
+
+def recipe_of(table: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of a table, as TOML or JSON give it."""
+    given = {key: value for key, value in table.items() if value is not None}
+    return _structure(Recipe, given, where)
 
 
 def _change(table: dict[str, Any], key: str, text: str) -> None:

@@ -28,22 +28,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mars_runtime.errors import OptionError
+from mars_runtime.errors import CapacityError, OptionError
 from mars_runtime.program import write_atomically
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import MarsQATConfig, calibrate, prepare
 from .data import Images, augment, batch_of
+from .export import export
 from .models import build_model
 from .network import MarsNetwork
 from .pruning import Pruner
-from .recipe import Recipe, Training
+from .recipe import Recipe, Training, recipe_of
 
-__all__ = ["Progress", "Trainer", "accuracy", "learning_rate", "load_trained"]
+__all__ = ["Progress", "Trainer", "accuracy", "build_network", "learning_rate", "load_run"]
 
 log = logging.getLogger("tvm_mars.qat")
 
-LAST, FINAL, HISTORY = "last.pt", "final.pt", "history.json"
+LAST, FINAL, HISTORY, ONNX = "last.pt", "final.pt", "history.json", "net.onnx"
 EVALUATION_BATCH = 500
 Progress = Callable[[int, int, float, float], None]
 """Called after each step with step, steps, loss and seconds per step."""
@@ -85,13 +86,32 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return right / len(images)
 
 
-def load_trained(folder: Path, model: nn.Module) -> nn.Module:
-    """Load the final weights of a run (their moving average, if it kept one) into a network."""
-    path = folder / FINAL
+def build_network(recipe: Recipe, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """Build the network of a recipe with random weights."""
+    model = build_model(recipe.model, classes)
+    if recipe.quantization is None:
+        return model
+    return prepare(model, MarsQATConfig(**recipe.quantization), shape)
+
+
+def load_run(folder: str | Path) -> nn.Module:
+    """Load what a finished run has trained (its moving average, if it kept one), for evaluation.
+
+    Raises
+    ------
+    OptionError
+        If the run has not come to its end.
+    """
+    path = Path(folder) / FINAL
     if not path.exists():
-        raise OptionError("has not been trained to its end", where=folder.name, hint=f"no {path}")
-    model.load_state_dict(load_checkpoint(path)["model"])
-    return model
+        raise OptionError("has not been trained to its end", where=str(folder), hint=f"no {path}")
+    state = load_checkpoint(path)
+    recipe = recipe_of(json.loads(state["recipe"]), str(path))
+    model = build_network(recipe, state["classes"], tuple(state["shape"]))
+    if recipe.pruning:
+        Pruner(model, recipe.pruning)  # the shape of its masks
+    model.load_state_dict(state["model"])
+    return model.eval()
 
 
 class Trainer:
@@ -138,21 +158,22 @@ class Trainer:
         self.losses: list[float] = []
         torch.manual_seed(_seed(recipe))
         self.model = self._build()
-        self.average = _Average(self.model, recipe.training.ema) if recipe.training.ema else None
         self.pruner = Pruner(self.model, recipe.pruning) if recipe.pruning else None
+        self.average = _Average(self.model, recipe.training.ema) if recipe.training.ema else None
         self.teacher = self._teacher()
         self.optimizer = _optimizer(self.model, recipe.training)
 
     def _build(self) -> nn.Module:
         recipe = self.recipe
-        model = build_model(recipe.model, self.images.classes)
         if recipe.init:
-            load_trained(self.runs / recipe.init, model)
-        if recipe.quantization is not None:
-            model = prepare(model, MarsQATConfig(**recipe.quantization), self.images.shape)
-            if recipe.calibration:
-                chosen = torch.arange(min(recipe.calibration, len(self.images)))
-                calibrate(model, batch_of(self.images, chosen)[0])
+            model = load_run(self.runs / recipe.init)
+            if recipe.quantization is not None:
+                model = prepare(model, MarsQATConfig(**recipe.quantization), self.images.shape)
+        else:
+            model = build_network(recipe, self.images.classes, self.images.shape)
+        if isinstance(model, MarsNetwork) and recipe.calibration:
+            chosen = torch.arange(min(recipe.calibration, len(self.images)))
+            calibrate(model, batch_of(self.images, chosen)[0])
         if recipe.training.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model
@@ -161,9 +182,8 @@ class Trainer:
         wanted = self.recipe.distillation
         if wanted is None:
             return None
-        model = build_model(self.recipe.model, self.images.classes)
-        teacher = load_trained(self.runs / wanted.teacher, model)
-        return teacher.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        teacher = load_run(self.runs / wanted.teacher)
+        return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
 
     # -- state --
 
@@ -244,9 +264,30 @@ class Trainer:
                 saved = now
             self.save()
         model = self.evaluated()
-        if self.step == self.steps:
-            save_checkpoint(self.folder / FINAL, {"model": model.state_dict()})
+        if self.finished:
+            self._finish(model)
         return model.eval()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps have been trained."""
+        return self.step == self.steps
+
+    def _finish(self, model: nn.Module) -> None:
+        """Write the final weights, and the network as ONNX where it has integers."""
+        state = {
+            "recipe": json.dumps(attrs.asdict(self.recipe)),
+            "classes": self.images.classes,
+            "shape": self.images.shape,
+            "history": self.history,
+            "model": model.state_dict(),
+        }
+        save_checkpoint(self.folder / FINAL, state)
+        if isinstance(model, MarsNetwork) and model.method == "mars":
+            try:
+                export(model.eval(), self.folder / ONNX)
+            except CapacityError as error:
+                log.warning("%s: not exported: %s", self.recipe.name, error)
 
     def train_step(self) -> float:
         """Train on the next batch and give its loss."""
