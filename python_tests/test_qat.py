@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchao")
 
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
@@ -19,13 +18,12 @@ from tvm_mars.graph import Conv, evaluate, evaluate_values  # noqa: E402
 from tvm_mars.qat import (  # noqa: E402
     IntegerNetwork,
     MarsNetwork,
-    MarsQATConfig,
+    Quantization,
     calibrate,
     convert,
     export,
     prepare,
     to_graph,
-    whole_model,
 )
 from tvm_mars.qat.functions import (  # noqa: E402
     normalize_weight,
@@ -58,7 +56,7 @@ def trained(model, config=None, shape=SHAPE, steps=3, seed=0):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.3, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
-    network = prepare(model, config or MarsQATConfig(), shape).train()
+    network = prepare(model, config or Quantization(), shape).train()
     calibrate(network, images(16, shape))
     optimizer = torch.optim.SGD(network.parameters(), 0.05)
     for step in range(steps):
@@ -143,13 +141,13 @@ def _sequences():
 
 MODELS = _sequences()
 WIDTHS = {
-    "w8a8": MarsQATConfig(),
-    "w8a4": MarsQATConfig(activation_bits=4),
-    "w4a4": MarsQATConfig(weight_bits=4, activation_bits=4, input_bits=4),
-    "w4a4, 8 at the edges": MarsQATConfig(
+    "w8a8": Quantization(),
+    "w8a4": Quantization(activation_bits=4),
+    "w4a4": Quantization(weight_bits=4, activation_bits=4, input_bits=4),
+    "w4a4, 8 at the edges": Quantization(
         weight_bits=4, activation_bits=4, first_weight_bits=8, last_weight_bits=8
     ),
-    "mixed": MarsQATConfig(
+    "mixed": Quantization(
         weight_bits=4,
         layers={"*1*": {"weight_bits": 8, "activation_bits": 4}, "*b*": {"activation_bits": 4}},
     ),
@@ -221,7 +219,7 @@ def test_bias_is_rounded_half_to_even_within_int32():
 
 def test_gradients_are_those_of_batch_normalization():
     torch.manual_seed(0)
-    network = prepare(nn.Sequential(*conv_norm(5, 16)), MarsQATConfig(), (5, 6, 6)).double().train()
+    network = prepare(nn.Sequential(*conv_norm(5, 16)), Quantization(), (5, 6, 6)).double().train()
     term = network.terms()[0]
     nn.init.uniform_(term.norm.weight, 0.1, 0.5)
     x = torch.rand(4, 5, 6, 6, dtype=torch.float64).mul(256).floor().div(256).requires_grad_()
@@ -252,7 +250,7 @@ def test_gradients_are_those_of_batch_normalization():
 
 def test_statistics_are_those_of_the_normalized_weights():
     torch.manual_seed(0)
-    network = prepare(nn.Sequential(*conv_norm(3, 16)), MarsQATConfig(), SHAPE).train()
+    network = prepare(nn.Sequential(*conv_norm(3, 16)), Quantization(), SHAPE).train()
     x, term = images(8), network.terms()[0]
     before = term.norm.running_var.clone()
     network(x)
@@ -333,7 +331,7 @@ def test_float32_is_exact_to_its_bound_and_float64_beyond(tmp_path):
     torch.manual_seed(0)
     shape = (640, 5, 5)
     network = prepare(nn.Sequential(nn.Conv2d(640, 16, 3, padding=1), nn.ReLU()),
-                      MarsQATConfig(), shape).eval()  # fmt: skip
+                      Quantization(), shape).eval()  # fmt: skip
     term = network.terms()[0]
     with torch.no_grad():
         term.weight.copy_(torch.randn_like(term.weight) * 2)
@@ -350,7 +348,7 @@ def test_float32_is_exact_to_its_bound_and_float64_beyond(tmp_path):
 @pytest.mark.parametrize("build", [resnet20, vgg16])
 def test_zoo_networks(build):
     model = build(10)
-    network = prepare(model, MarsQATConfig(activation_bits=4), (3, 32, 32)).eval()
+    network = prepare(model, Quantization(activation_bits=4), (3, 32, 32)).eval()
     calibrate(network, images(2, (3, 32, 32)))
     x = images(1, (3, 32, 32), seed=5)
     with torch.no_grad():
@@ -369,7 +367,7 @@ CLAMPING = ("grouped, dilated", "depthwise")  # ReLU6 and Hardtanh become ReLUs
 def test_float_is_the_network_itself(name):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    network = prepare(model, MarsQATConfig(method="float"), SHAPE)
+    network = prepare(model, Quantization(method="float"), SHAPE)
     x = images().clamp(0, 1)
     for ours, theirs in zip(_many(network(x)), _many(model(x)), strict=True):
         torch.testing.assert_close(ours, theirs.reshape(ours.shape))
@@ -380,7 +378,7 @@ def _many(result):
 
 
 def test_dorefa_quantizes_but_is_not_converted():
-    network = trained(MODELS["blocks"](), MarsQATConfig(method="dorefa", activation_bits=4))
+    network = trained(MODELS["blocks"](), Quantization(method="dorefa", activation_bits=4))
     values = network.evaluate_values(images())
     maps = values[network.layers[1].name]
     assert torch.allclose(maps * 15, (maps * 15).round(), atol=1e-4) and maps.unique().numel() > 4
@@ -400,7 +398,7 @@ def test_calibration_keeps_what_a_trained_network_computes():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.mul_(3)  # far beyond 0..1
     model.train()(x)
-    network = prepare(model, MarsQATConfig(), SHAPE)
+    network = prepare(model, Quantization(), SHAPE)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -425,47 +423,51 @@ def test_preparing_leaves_the_model_alone():
 
 
 def test_quantize_of_torchao():
-    from torchao import quantize_
+    torchao = pytest.importorskip("torchao")
+    from tvm_mars.qat import MarsQATConfig, whole_model
 
     torch.manual_seed(0)
     model = MODELS["blocks"]()
     held = model
-    quantize_(model, MarsQATConfig(step="prepare", weight_bits=4), filter_fn=whole_model)
+    torchao.quantize_(model, MarsQATConfig(step="prepare", weight_bits=4), filter_fn=whole_model)
     assert held is model and isinstance(model, MarsNetwork) and model.training
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(images()).sum().backward()
     optimizer.step()
     state = copy.deepcopy(model.eval()).state_dict()
     expected = model(images())
-    quantize_(model, MarsQATConfig(step="convert"), filter_fn=whole_model)
+    torchao.quantize_(model, MarsQATConfig(step="convert"), filter_fn=whole_model)
     assert isinstance(model, IntegerNetwork)
     assert torch.equal(model(images()), expected)
     assert not list(model.parameters()) and state
 
 
 def test_config_survives_torchao_serialization():
+    pytest.importorskip("torchao")
     from torchao.core import config as torchao_config
 
+    from tvm_mars.qat import MarsQATConfig
+
     config = MarsQATConfig(weight_bits=4, layers={"layer1.*": {"weight_bits": 8}})
-    torchao_config.ALLOWED_AO_MODULES.add("tvm_mars.qat.config")
+    torchao_config.ALLOWED_AO_MODULES.add("tvm_mars.qat.ao")
     text = torchao_config.config_to_dict(config)
     assert torchao_config.config_from_dict(text) == config
 
 
 def test_the_default_filter_is_refused():
-    from torchao import quantize_
+    torchao = pytest.importorskip("torchao")
+    from tvm_mars.qat import MarsQATConfig, whole_model
 
     with pytest.raises(UnsupportedError, match="filter_fn=whole_model"):
-        quantize_(MODELS["blocks"](), MarsQATConfig())
+        torchao.quantize_(MODELS["blocks"](), MarsQATConfig())
     with pytest.raises(UnsupportedError, match="step='prepare'"):
-        quantize_(MODELS["blocks"](), MarsQATConfig(step="convert"), filter_fn=whole_model)
+        torchao.quantize_(MODELS["blocks"](), MarsQATConfig(step="convert"), filter_fn=whole_model)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"weight_bits": 5},
-        {"step": "train"},
         {"method": "lsq"},
         {"group": 0},
         {"layers": {"*": {"bits": 4}}},
@@ -474,7 +476,7 @@ def test_the_default_filter_is_refused():
 )
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(OptionError):
-        MarsQATConfig(**wrong)
+        Quantization(**wrong)
 
 
 # -- what is not taken -----------------------------------------------------------------------------
@@ -513,18 +515,18 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_taken_is_refused_by_name(message):
     with pytest.raises(UnsupportedError, match=message):
-        prepare(Refused(REFUSED[message]), MarsQATConfig(), SHAPE)
+        prepare(Refused(REFUSED[message]), Quantization(), SHAPE)
 
 
 def test_tied_parameters_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
     model[2].weight = model[0].weight
     with pytest.raises(UnsupportedError, match="shares its weights with 0"):
-        prepare(model, MarsQATConfig(), SHAPE)
+        prepare(model, Quantization(), SHAPE)
 
 
 def test_an_unknown_input_shape_is_asked_for():
-    network = prepare(MODELS["conv bn relu"](), MarsQATConfig())
+    network = prepare(MODELS["conv bn relu"](), Quantization())
     with pytest.raises(UnsupportedError, match="input_shape"):
         to_graph(network)
     network.eval()(images())

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchao")
 
 from torch import nn  # noqa: E402
 
@@ -17,9 +16,9 @@ from mars_runtime.arch import MarsArch  # noqa: E402
 from mars_runtime.errors import CapacityError, OptionError, UnsupportedError  # noqa: E402
 from tvm_mars.graph import Conv  # noqa: E402
 from tvm_mars.qat import (  # noqa: E402
-    MarsQATConfig,
     Pruner,
     PruningPlan,
+    Quantization,
     calibrate,
     prepare,
     to_graph,
@@ -40,7 +39,7 @@ def network(method="mars", seed=0, **options):
         layers.append(nn.ReLU())
         given = channels
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
-    made = prepare(model, MarsQATConfig(method=method, **options), SHAPE)
+    made = prepare(model, Quantization(method=method, **options), SHAPE)
     calibrate(made, torch.rand(8, *SHAPE))
     return made
 
@@ -199,7 +198,7 @@ def test_the_cost_aware_variant_prunes_where_cycles_are():
     torch.manual_seed(0)
 
     def cycles(cost):
-        made = prepare(resnet20(10), MarsQATConfig(), (3, 32, 32))
+        made = prepare(resnet20(10), Quantization(), (3, 32, 32))
         calibrate(made, torch.rand(4, 3, 32, 32))
         pruner = Pruner(made, PruningPlan(0.6, cost=cost))
         pruner.prune_to(0.6)
@@ -233,7 +232,7 @@ def test_grouped_and_edge_layers_are_left_alone():
         nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=2), nn.ReLU(),
         nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1),
     )  # fmt: skip
-    made = prepare(model, MarsQATConfig(), SHAPE)
+    made = prepare(model, Quantization(), SHAPE)
     assert [t.name for t in Pruner(made, PruningPlan(0.2)).terms] == ["4"]
     assert [t.name for t in Pruner(made, PruningPlan(0.2, edges=True)).terms] == ["0", "4", "6"]
     with pytest.raises(UnsupportedError, match="no layer"):

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchao")
 
 from torch import nn  # noqa: E402
 
 from mars_runtime.errors import InputError, OptionError  # noqa: E402
 from tvm_mars.graph import evaluate  # noqa: E402
-from tvm_mars.qat import MarsNetwork, MarsQATConfig, PruningPlan, prepare, to_graph  # noqa: E402
+from tvm_mars.qat import MarsNetwork, PruningPlan, Quantization, prepare, to_graph  # noqa: E402
 from tvm_mars.qat.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from tvm_mars.qat.data import Augmentation, Images, augment, load_data, read_idx  # noqa: E402
 from tvm_mars.qat.models import plain  # noqa: E402
@@ -70,7 +69,7 @@ def everything(name="all"):
         training=attrs.evolve(SMALL, ema=0.9, label_smoothing=0.1, amp="bf16", gradient_clip=1.0,
                               freeze_statistics=0.7),
         augmentation=Augmentation(shift=1, cutout=2),
-        quantization={"weight_bits": 4},
+        quantization=Quantization(weight_bits=4),
         pruning=PruningPlan(0.5, kernels=4, channels=4, updates=5),
         distillation=Distillation("dense"),
     )  # fmt: skip
@@ -240,8 +239,6 @@ def test_checkpoints_hold_plain_values_only(tmp_path):
 def test_every_recipe_builds(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    if recipe.quantization is not None:
-        MarsQATConfig(**recipe.quantization)
     for other in (recipe.init, recipe.distillation and recipe.distillation.teacher):
         assert not other or other in recipe_names()
 
@@ -415,7 +412,7 @@ def train_on_rank(rank, world, folder):
     norm = nn.SyncBatchNorm if world > 1 else nn.BatchNorm2d
     model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), norm(16), nn.ReLU(),
                           nn.Conv2d(16, 16, 3, bias=False), norm(16), nn.ReLU())  # fmt: skip
-    network = prepare(model, MarsQATConfig(), (3, 8, 8)).train()
+    network = prepare(model, Quantization(), (3, 8, 8)).train()
     x, upstream = torch.rand(8, 3, 8, 8), torch.randn(8, 16, 4, 4)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for _ in range(2):

@@ -6,18 +6,25 @@ Three lines turn a module into a network in training, and that into integers::
     ...                                     # train it as any module
     export(model, "net.onnx")               # or step="convert", for integers in PyTorch
 
-:func:`prepare`, :func:`convert` do the same without torchao's in-place style. :class:`Pruner`
+:func:`prepare` and :func:`convert` do the same without torchao, as values. :class:`Pruner`
 removes group-sets while any loop trains; :class:`Trainer` is a loop. Needs ``tvm-mars[train]``.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .calibration import calibrate
-from .config import MarsQATConfig, convert, prepare, whole_model
 from .export import export
 from .integer import IntegerNetwork, to_graph
 from .network import MarsNetwork
 from .pruning import Pruner, PruningPlan
+from .quantization import Quantization, convert, prepare
 from .recipe import Recipe, load_recipe
 from .training import Trainer
+
+if TYPE_CHECKING:
+    from .ao import MarsQATConfig, whole_model
 
 __all__ = [
     "IntegerNetwork",
@@ -25,6 +32,7 @@ __all__ = [
     "MarsQATConfig",
     "Pruner",
     "PruningPlan",
+    "Quantization",
     "Recipe",
     "Trainer",
     "calibrate",
@@ -35,3 +43,12 @@ __all__ = [
     "to_graph",
     "whole_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torchao, which takes seconds, for those alone who use it."""
+    if name not in ("MarsQATConfig", "whole_model"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import ao
+
+    return getattr(ao, name)

@@ -34,6 +34,7 @@ from mars_runtime.errors import OptionError
 
 from .data import Augmentation
 from .pruning import PruningPlan
+from .quantization import Quantization
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -128,8 +129,8 @@ class Recipe:
         Recipe whose network is loaded before quantization; empty: random.
     seed : int
         Of initial weights, order of images, augmentation and dropout.
-    quantization : mapping
-        Keywords of :class:`tvm_mars.qat.MarsQATConfig`; None: the plain network.
+    quantization : Quantization
+        None: the plain network, in float32.
     calibration : int
         Training images on which ranges and statistics are set before the first step; 0: none.
     """
@@ -141,7 +142,7 @@ class Recipe:
     calibration: int = 1024
     training: Training = attrs.field(factory=Training)
     augmentation: Augmentation = attrs.field(factory=Augmentation)
-    quantization: dict[str, Any] | None = None
+    quantization: Quantization | None = None
     pruning: PruningPlan | None = None
     distillation: Distillation | None = None
 
@@ -191,8 +192,7 @@ def load_recipe(source: str | Path, changes: Mapping[str, str] | None = None) ->
 
 def recipe_of(table: Mapping[str, Any], where: str) -> Recipe:
     """Make a recipe of a table, as TOML or JSON give it."""
-    given = {key: value for key, value in table.items() if value is not None}
-    return _structure(Recipe, given, where)
+    return _structure(Recipe, table, where)
 
 
 def _change(table: dict[str, Any], key: str, text: str) -> None:
@@ -216,7 +216,8 @@ def _structure(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1) or list(fields)
             raise OptionError("unknown key", where=f"{where}: {key}", hint=f"{', '.join(near)}?")
-        values[key] = _value(kinds[key], value, f"{where}: {key}")
+        if value is not None:  # JSON's; TOML has none
+            values[key] = _value(kinds[key], value, f"{where}: {key}")
     missing = [
         name
         for name, field in fields.items()
@@ -230,6 +231,8 @@ def _structure(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        kind = str
     base = typing.get_origin(kind) or kind
     if attrs.has(base) and isinstance(value, Mapping):
         return _structure(base, value, where)

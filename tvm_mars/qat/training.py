@@ -31,13 +31,14 @@ from torch.nn import functional
 from mars_runtime.errors import CapacityError, OptionError
 from mars_runtime.program import write_atomically
 
+from .calibration import calibrate
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import MarsQATConfig, calibrate, prepare
 from .data import Images, augment, batch_of
 from .export import export
 from .models import build_model
 from .network import MarsNetwork
 from .pruning import Pruner
+from .quantization import prepare
 from .recipe import Recipe, Training, recipe_of
 
 __all__ = ["Progress", "Trainer", "accuracy", "build_network", "learning_rate", "load_run"]
@@ -91,7 +92,7 @@ def build_network(recipe: Recipe, classes: int, shape: tuple[int, ...]) -> nn.Mo
     model = build_model(recipe.model, classes)
     if recipe.quantization is None:
         return model
-    return prepare(model, MarsQATConfig(**recipe.quantization), shape)
+    return prepare(model, recipe.quantization, shape)
 
 
 def load_run(folder: str | Path) -> nn.Module:
@@ -168,7 +169,7 @@ class Trainer:
         if recipe.init:
             model = load_run(self.runs / recipe.init)
             if recipe.quantization is not None:
-                model = prepare(model, MarsQATConfig(**recipe.quantization), self.images.shape)
+                model = prepare(model, recipe.quantization, self.images.shape)
         else:
             model = build_network(recipe, self.images.classes, self.images.shape)
         if isinstance(model, MarsNetwork) and recipe.calibration:
