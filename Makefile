@@ -28,7 +28,7 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## Generate docs/isa.md and docs/operators.md from the code
+docs: $(READY)  ## Generate the pages of docs/ that follow from the code
 	$(BIN)/python -m tvm_mars.docs
 
 bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network

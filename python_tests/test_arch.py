@@ -83,7 +83,10 @@ def test_files_and_text_give_fields_of_their_type(tmp_path):
     path = tmp_path / "wide.toml"
     path.write_text('base = "mars-80b"\nmacro_write_bits = 64\n', encoding="utf-8")
     arch = load_arch(path, {"overlap": "full", "zero_skipping": "false", "bank_bits": "0x10000"})
-    assert (arch.name, arch.macro_write_bits, arch.offchip_bits_per_cycle) == ("wide", 64, 80)
+    assert arch.name == "wide with overlap=full, zero_skipping=false, bank_bits=0x10000"
+    assert (arch.macro_write_bits, arch.offchip_bits_per_cycle) == (64, 80)
+    assert load_arch(path, {"name": "narrow", "cores": 2}).name == "narrow"
+    assert load_arch("mars", {"cores": 4}) == PRESETS["mars"]  # nothing changes
     assert (arch.overlap, arch.zero_skipping, arch.bank_bits) == ("full", False, 65536)
     assert MarsArch.from_dict(arch.to_dict()) == arch
     for content, message in (("cores = ", "cannot be read"), ('base = "venus"', "not a preset")):

@@ -486,3 +486,58 @@ def test_compile_refuses_what_is_no_model(tmp_path: Path) -> None:
     # A wrong machine is said first.
     result = call("compile", wrong, "-o", tmp_path / "x.so", "--arch", "marz")
     assert "did you mean mars" in result.stderr
+
+
+@pytest.fixture
+def quantized_operators() -> Any:
+    """A model in ONNX Runtime's other format, whose operators TVM does not import."""
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    numbers = {"scale": (onnx.TensorProto.FLOAT, 0.1), "zero": (onnx.TensorProto.UINT8, 0)}
+    ports = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [1, 4, 4]) for name in "xy"
+    ]
+    operands = ["x", "scale", "zero", "x", "scale", "zero", "scale", "zero"]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearMatMul", operands, ["y"])],
+        "net",
+        ports[:1],
+        ports[1:],
+        [helper.make_tensor(name, kind, [], [value]) for name, (kind, value) in numbers.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile_says_what_to_do_with_what_tvm_does_not_import(
+    quantized_operators: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("tvm.relax")
+    model, empty = tmp_path / "qop.onnx", tmp_path / "empty.onnx"
+    model.write_bytes(quantized_operators.SerializeToString())
+    empty.write_bytes(b"")
+    result = call("compile", model, "-o", tmp_path / "x.so")
+    assert (result.exit_code, "Traceback" in result.stderr) == (1, False)
+    assert "QLinearMatMul" in result.stderr and "DequantizeLinear" in result.stderr
+    result = call("compile", empty, "-o", tmp_path / "x.so")
+    assert result.exit_code == 1 and "holds no operator" in result.stderr
+
+
+def test_a_library_needs_a_folder_and_a_compiler(
+    onnx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / "nowhere" / "x.so"
+    result = call("compile", onnx_model, "-o", nowhere)
+    assert result.stderr == f"error: {nowhere}: No such file or directory\n"
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = call("compile", onnx_model, "-o", tmp_path / "x.so")
+    assert result.exit_code == 1 and "install g++" in result.stderr
+
+
+def test_run_says_that_a_model_is_to_be_compiled(
+    onnx_model: Path, images: Path, tmp_path: Path
+) -> None:
+    result = call("run", onnx_model, "--inputs", images, "-o", tmp_path / "y.npz")
+    assert result.exit_code == 1 and f"mars compile {onnx_model}" in result.stderr

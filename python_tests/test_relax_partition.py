@@ -317,6 +317,15 @@ def test_report_is_read_from_a_partitioned_module() -> None:
     assert tvm_mars.offload_report(tvm_mars.partition_for_mars(mod)) == tvm_mars.offload_report(mod)
 
 
+def test_a_module_with_compiled_regions_stays_as_it_is() -> None:
+    mod = import_model(imported_model(1))
+    done = tvm.relax.transform.RunCodegen()(tvm_mars.partition_for_mars(mod))
+    again = tvm_mars.partition_for_mars(done)
+    assert [gvar.name_hint for gvar in again.get_global_vars()] == [
+        gvar.name_hint for gvar in done.get_global_vars()
+    ]
+
+
 def test_rejections_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tvm_mars")
     tvm_mars.partition_for_mars(import_model(float_model()))

@@ -21,10 +21,12 @@ from mars_runtime import (
     load_arch,
     simulate,
 )
+from mars_runtime.quantize import Dequantize, Quantize
 from mars_runtime.timeline import STALLS
 from mars_runtime.trace import chrome_trace, record
 from tvm_mars import networks
 from tvm_mars.compiler import NamedGraph, build, dense_baseline
+from tvm_mars.graph import Conv, ConvTerm, Graph, Input, MapType, Output, Requant
 from tvm_mars.report import Profile, profile_program, repeated
 from tvm_mars.report.text import print_profile
 
@@ -62,6 +64,22 @@ def test_layers_sum_to_the_whole(program: Program, profile: Profile) -> None:
     assert profile.utilisation == busy / (4 * profile.cycles)
     assert busy + sum(profile.stalls.values()) == 4 * profile.cycles
     assert sum(x.energy.total for x in profile.layers) == pytest.approx(profile.energy.total)
+
+
+def test_cores_without_a_kernel_block_are_idle_in_that_layer() -> None:
+    """One block of 16 outputs leaves three of four cores idle, all of its layer's time."""
+    kind = MapType(16, 8, 8, 8)
+    images = Input("x0", kind, kind.shape, Quantize())
+    weight = np.ones((16, 16, 3, 3), np.int64)
+    terms = [ConvTerm(source, weight, padding=(1, 1, 1, 1)) for source in ("x0", "conv0")]
+    requant = Requant.eq5(8, 15)
+    layers = [Conv(f"conv{i}", [term], np.zeros(16), requant) for i, term in enumerate(terms)]
+    graph = Graph([images], layers, [Output("conv1", kind.shape, Dequantize())])
+    for layer in profile_program(compiled(graph), baseline=False).layers:
+        assert layer.core_cycles == 4 * layer.cycles
+        assert layer.utilisation == 9 * 64 * 2 / (4 * layer.cycles)
+        idle = layer.stalls["cores"] + layer.stalls["maps"]
+        assert 2.9 * layer.cycles <= idle <= 3.1 * layer.cycles
 
 
 def test_cycles_are_the_timelines(program: Program, profile: Profile) -> None:

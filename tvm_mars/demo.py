@@ -108,8 +108,10 @@ def _demo() -> int:
 
     _say("4. What it costs on the chip, beside the dense baseline")
     print_profile(profile_program(program), sys.stdout)
+    np.savez(FOLDER / "digits.npz", **{INPUT: images})  # type: ignore[arg-type]
     _say(
         "5. Go on",
+        f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz",
         f"mars disasm {FOLDER / 'digits.mars'}         the instruction stream",
         f"mars profile {FOLDER / 'digits.mars'} --trace trace.json    for ui.perfetto.dev",
         "mars compile YOUR.onnx -o your.so --dump-offloads -",

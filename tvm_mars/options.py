@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def _read_arch(name: str, value: Any) -> MarsArch:
 
 def _read_int(name: str, value: Any) -> int:
     try:
-        return int(value, 0) if isinstance(value, str) else int(value)
+        return int(value, 0) if isinstance(value, str) else operator.index(value)
     except (TypeError, ValueError):
         raise OptionError(f"{value!r} is not an integer", where=f"option {name}") from None
 

@@ -358,7 +358,7 @@ def load_arch(
         A preset (``mars``, ``mars-80b``, ``mars-dense``) or a TOML file whose keys are fields;
         its key ``base`` names the preset that it starts from.
     changes : mapping, optional
-        Fields to change, as values or as text.
+        Fields to change, as values or as text; unless it is among them, the name tells them.
 
     Raises
     ------
@@ -379,7 +379,12 @@ def load_arch(
             where="architecture",
             hint=f"{hint}see `mars arch --list`",
         )
-    return arch.replace(changes) if changes else arch
+    changed = arch.replace(changes) if changes else arch
+    if changed == arch or changed.name != arch.name:
+        return changed
+    # Figures of a changed machine must not go by the name of the one that it was made of.
+    text = ", ".join(f"{name}={value}" for name, value in (changes or {}).items())
+    return attrs.evolve(changed, name=f"{arch.name} with {text}")
 
 
 def _read_toml(path: Path) -> MarsArch:

@@ -213,7 +213,11 @@ def _checked_payload(data: memoryview, where: str) -> memoryview:
         )
     magic, version, reserved, length, digest, padding = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise ProgramError("is not a MARS program (wrong magic)", where=where)
+        raise ProgramError(
+            "is not a MARS program (wrong magic)",
+            where=where,
+            hint="mars compile --program writes one",
+        )
     if version != VERSION:
         raise ProgramError(
             f"has format version {version}, this runtime reads {VERSION}",

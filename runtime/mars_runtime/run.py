@@ -54,7 +54,7 @@ def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Arra
             f"needs {len(program.host_operators)} operators on the CPU: "
             f"{', '.join(program.host_operators)}",
             where="program",
-            hint="run the module that TVM compiled it with",
+            hint="run the library that was compiled with it (mars compile -o net.so)",
         )
     unknown = sorted(set(inputs) - set(program.inputs))
     missing = sorted(set(program.inputs) - set(inputs))

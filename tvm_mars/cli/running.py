@@ -93,6 +93,8 @@ def _watched() -> bool:
 def _run_library(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
     if not Path(path).is_file():
         raise InputError("no such file", where=path)
+    if path.endswith(".onnx"):
+        raise InputError("is not compiled", where=path, hint=f"mars compile {path} -o net.so")
     from ..frontend.relax.exported import load_library  # imports TVM
 
     return load_library(path).run(arrays)

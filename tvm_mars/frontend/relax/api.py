@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax
+from tvm.support import cc
 
 from mars_runtime.errors import InputError, OptionError, UnsupportedError
 from mars_runtime.program import Program
@@ -116,12 +117,27 @@ class CompiledModel:
         return tuple(result.numpy() for result in results)
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
+        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no C++ compiler, with which TVM links it.
+        """
         target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            built = Path(folder) / target.name
-            self.executable.export_library(os.fspath(built))
-            built.replace(target)
+        if cc.get_cc() is None:
+            raise UnsupportedError(
+                "TVM links libraries with a C++ compiler, and none is found",
+                where=os.fspath(target),
+                hint="install g++ or clang++, or name one in the environment variable CXX",
+            )
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
+                built = Path(made) / target.name
+                self.executable.export_library(os.fspath(built))
+                built.replace(target)
+        except OSError as error:  # which names the temporary file
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from None
 
 
 def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
@@ -216,11 +232,14 @@ def _read_onnx(path: Path) -> Any:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except DecodeError as error:
         raise InputError(f"is no ONNX model: {error}", where=str(path)) from None
+    if not model.graph.node:  # as an empty file reads
+        raise InputError("is no ONNX model: it holds no operator", where=str(path))
+    return model
 
 
 def _import_onnx(model: Any) -> tvm.IRModule:
@@ -229,7 +248,15 @@ def _import_onnx(model: Any) -> tvm.IRModule:
     with warnings.catch_warnings():
         # It renames inputs to identifiers; we keep the model's names beside.
         warnings.filterwarnings("ignore", message="Renaming name")
-        mod = from_onnx(model)
+        try:
+            mod = from_onnx(model)
+        except tvm.error.OpNotImplemented as error:
+            raise UnsupportedError(
+                f"TVM does not import it: {error}",
+                where="model",
+                hint="quantized networks are taken in the Q/DQ format: QuantizeLinear and "
+                "DequantizeLinear around the operators",
+            ) from None
     constants = {entry.name for entry in model.graph.initializer}
     inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
     outputs = [entry.name for entry in model.graph.output]

@@ -135,7 +135,9 @@ def partition_for_mars(
         mod = relax.transform.FuseOpsByPattern(get_patterns_with_prefix("mars."))(mod)
     mod = _bind_shapes(mod)
     mod = release(mod, reads_numbers)
-    mod = relax.transform.MergeCompositeFunctions()(mod)
+    if any(attribute(func, COMPOSITE) is not None for _, func in mod.functions_items()):
+        # TVM's merging cannot read a module whose regions are compiled already.
+        mod = relax.transform.MergeCompositeFunctions()(mod)
     mod = release(mod, _unworthy(options, session))
     mod = relax.transform.DeadCodeElimination()(mod)
     mod = name_ports(mod)
