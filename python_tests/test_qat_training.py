@@ -191,6 +191,29 @@ def test_schedules():
     assert [learning_rate(paper, s, 4) for s in (0, 15, 16, 39)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
+# -- the command line ------------------------------------------------------------------------------
+
+
+def test_mars_train(data, tmp_path):
+    from click.testing import CliRunner
+
+    from tvm_mars.cli.training import train_command
+
+    images = data[0]
+    np.savez(tmp_path / "d.npz", x_train=images.pixels.numpy(), y_train=images.labels.numpy(),
+             x_test=images.pixels.numpy(), y_test=images.labels.numpy())  # fmt: skip
+    (tmp_path / "r.toml").write_text('name = "r"\nmodel = "plain"\n[training]\nepochs = 3\n')
+    runs = str(tmp_path / "runs")
+    arguments = [str(tmp_path / "r.toml"), "--data", str(tmp_path / "d.npz"), "--runs", runs]
+    result = CliRunner().invoke(train_command, [*arguments, "--set", "training.batch=16"])
+    assert result.exit_code == 0 and "% of the test images" in result.stdout
+    assert len(json.loads((tmp_path / "runs/r/history.json").read_text())["epochs"]) == 3
+    wrong = CliRunner().invoke(train_command, [*arguments, "--set", "training.bach=16"])
+    assert wrong.exit_code == 1 and "batch?" in wrong.stderr
+    assert CliRunner().invoke(train_command, []).exit_code == 2
+    assert CliRunner().invoke(train_command, ["--list"]).stdout.split() == recipe_names()
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 _WRITER = """

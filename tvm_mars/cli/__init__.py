@@ -26,6 +26,7 @@ _COMMANDS = {
     "disasm": ("assembly", "Print a program as assembly."),
     "asm": ("assembly", "Assemble a text, on its own or into a program."),
     "arch": ("architecture", "Print the machine: every field, its unit, source, meaning."),
+    "train": ("training", "Train a network: quantization-aware, pruned by group-sets."),
     "ops": ("operators", "Print which operators MARS takes, and their limits."),
 }
 

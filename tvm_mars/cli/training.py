@@ -1,0 +1,120 @@
+"""``mars train``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+
+from .base import MarsCommand, _assignments
+
+__all__ = ["train_command"]
+
+INTERRUPTED = 130
+
+
+@click.command("train", cls=MarsCommand)
+@click.argument("recipe", metavar="RECIPE|FILE.toml", required=False)
+@click.option(
+    "--data", metavar="PATH", help="Images: .npz, a binary CIFAR archive, a folder of idx files."
+)
+@click.option(
+    "--runs",
+    metavar="DIR",
+    default="runs",
+    show_default=True,
+    help="Folder of runs; this one is DIR/<its name>.",
+)
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_assignments,
+    help="Change the recipe, as in training.epochs=2; may be repeated.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads that compute.")
+@click.option("--tensorboard", metavar="DIR", help="Write a log for TensorBoard.")
+@click.option("--list", "wanted", is_flag=True, help="Print the recipes that come with tvm-mars.")
+def train_command(
+    recipe: str | None,
+    data: str | None,
+    runs: str,
+    changes: dict[str, str],
+    threads: int | None,
+    tensorboard: str | None,
+    wanted: bool,
+) -> None:
+    """Train a network by a recipe: in float32, or quantization-aware and pruned.
+
+    A run that was interrupted continues where it stood, and ends as if it had not been. Its folder
+    holds last.pt (the checkpoint), history.json (loss and accuracy by epoch) and at its end
+    final.pt and, of a quantized network, net.onnx.
+
+    \b
+    Example, the dense network and then the quantized, pruned one that starts from it:
+      mars train resnet20-dense --data cifar-10-binary.tar.gz
+      mars train resnet20-w8a8 --data cifar-10-binary.tar.gz
+      mars compile runs/resnet20-w8a8/net.onnx --program net.mars
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise click.ClickException("training needs PyTorch: pip install tvm-mars[train]") from None
+
+    from ..qat.data import load_data
+    from ..qat.recipe import load_recipe, recipe_names
+    from ..qat.training import Trainer
+
+    if wanted:
+        click.echo("\n".join(recipe_names()))
+        return
+    if not (recipe and data):
+        raise click.UsageError("give a recipe (--list names those that there are) and --data")
+    if threads:
+        torch.set_num_threads(threads)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tvm_mars.qat").setLevel(logging.INFO)
+    chosen = load_recipe(recipe, changes)
+    train, test = load_data(data)
+    with _progress() as progress:
+        trainer = Trainer(chosen, train, test, runs, progress=progress, tensorboard=tensorboard)
+        trainer.run()
+    if not trainer.finished:
+        click.echo(f"stopped at step {trainer.step} of {trainer.steps}: run it again", err=True)
+        sys.exit(INTERRUPTED)
+    last = trainer.history[-1]
+    click.echo(f"{trainer.folder}: {last['test accuracy']:.2%} of the test images")
+    if "zero group-sets" in last:
+        click.echo(f"{last['zero group-sets']:.2%} of the group-sets of pruned layers are zero")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, float, float], None] | None]:
+    """Show a bar by batch if somebody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    logging.getLogger().handlers = [RichHandler(console=console, show_path=False)]
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[seconds]:.2f} s/step"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("train", total=None, loss=float("nan"), seconds=0.0)
+
+        def show(step: int, steps: int, loss: float, seconds: float) -> None:
+            bar.update(task, completed=step, total=steps, loss=loss, seconds=seconds)
+
+        yield show
