@@ -402,6 +402,8 @@ class Machine:
                 self.bank_compute[bank] = max(self.bank_compute[bank], starts[-1] + cost.cycles)
         if not splits:
             _refuse_unused(conv, "partial", "partial_bank", "partial_base")
+        elif conv.partial == isa.PARTIAL_OFFCHIP:
+            _refuse_unused(conv, "partial_bank")
         transfer = timing.offchip_cycles(self.arch, offchip_words * timing.WORD_BITS)
         latest = 0
         for place, number in enumerate(numbers):
