@@ -57,6 +57,7 @@ LIMITS: dict[str, int] = {
     "step": isa.field_limit(isa.Sas, "stride_y"),
     "terms": isa.field_limit(isa.Sas, "context") + 1,
     "accumulator": RAW_BITS,
+    "shift": isa.field_limit(isa.Apw, "shift"),
 }
 
 _CONV = ("conv",)
@@ -321,11 +322,12 @@ def smallest_tile_fits(layer: Layer, types: Mapping[str, MapType], arch: MarsArc
 
 @on_layer("conv", "add", *_POOLS)
 def requantization_shift(layer: Layer, types: Mapping[str, MapType], arch: MarsArch) -> str | None:
-    """Requantization shifts to the right by at most 62 bits and never to the left."""
+    """Requantization shifts to the right by at most {shift} bits and never to the left."""
     requant: Requant | None = layer.requant
-    if requant is None or (int(requant.shift.min()) >= 0 and int(requant.shift.max()) <= 62):
+    if requant is None:
         return None
-    return f"{int(requant.shift.min())}..{int(requant.shift.max())}"
+    low, high = int(requant.shift.min()), int(requant.shift.max())
+    return None if low >= 0 and high <= LIMITS["shift"] else f"{low}..{high}"
 
 
 # -- the documentation -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from mars_runtime.errors import InputError, MarsError
 from mars_runtime.maps import RAW_BITS, MapType
 from mars_runtime.quantize import Dequantize, Quantize
-from mars_runtime.rounding import divide_half_even
+from mars_runtime.rounding import MAX_SHIFT, divide_half_even
 
 __all__ = [
     "Add",
@@ -383,9 +383,9 @@ def _check_requant(where: str, requant: Requant, channels: int) -> None:
     _require(sizes <= {1, channels}, where, f"requantizes {sizes} channels of {channels}")
     _require(requant.bits in (4, 8), where, f"codes of {requant.bits} bits")
     _require(
-        bool(np.all(requant.shift >= 0) and np.all(requant.shift <= 62)),
+        bool(np.all(requant.shift >= 0) and np.all(requant.shift <= MAX_SHIFT)),
         where,
-        "requantization shift is not within 0..62",
+        f"requantization shift is not within 0..{MAX_SHIFT}",
     )
     top = 2**requant.bits - 1
     _require(

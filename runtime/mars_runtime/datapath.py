@@ -14,7 +14,7 @@ from .kernels import convolve_group_sets, max_windows
 from .maps import WORD_BYTES, WORD_CHANNELS, join_nibbles, split_nibbles
 from .memory import Cells, ChipMemory, Core, whole
 from .packing import block_parameter_bytes, unpack_parameters
-from .rounding import divide_half_even
+from .rounding import MAX_SHIFT, divide_half_even
 
 __all__ = ["ConvTile", "add_tile", "pool_tile"]
 
@@ -349,8 +349,8 @@ class ConvTile:
 
 def _apw_codes(apw: isa.Apw, acc: Array, multiplier: Array, shift: Array) -> Array:
     if apw.mode == isa.MODE_MULTIPLIER:
-        if shift.size and shift.max() > 62:
-            raise MachineError(f"requantization shift {shift.max()} above 62")
+        if shift.size and shift.max() > MAX_SHIFT:
+            raise MachineError(f"requantization shift {shift.max()} above {MAX_SHIFT}")
         code = divide_half_even(acc * multiplier, np.int64(1) << shift)
         return np.asarray(np.clip(code + apw.zero, apw.low, apw.high))
     top = 255 if apw.wide else 15

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, TypeVar
 import attrs
 
 from .errors import InstructionError
+from .rounding import MAX_SHIFT
 
 __all__ = [
     "INSTRUCTIONS",
@@ -194,7 +195,7 @@ class Apw(Instruction):
 
     cores: int = _bits(_MASK, "mask of cores")
     mode: int = _bits(2, "requantization", names=("shift", "multiplier", "raw"))
-    shift: int = _bits(6, "right shift", limit=62)
+    shift: int = _bits(6, "right shift", limit=MAX_SHIFT)
     wide: int = _bits(1, "width of the written codes", names=("a4", "a8"))
     zero: int = _bits(8, "zero point of the written codes")
     low: int = _bits(8, "smallest code")

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["divide_half_even"]
+__all__ = ["MAX_SHIFT", "divide_half_even"]
+
+MAX_SHIFT = 62  # the largest power of two that divides as int64
 
 
 def divide_half_even(value: npt.ArrayLike, divisor: npt.ArrayLike) -> npt.NDArray[Any]:

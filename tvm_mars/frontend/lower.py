@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import UnsupportedError
 from mars_runtime.quantize import Dequantize, Quantize
+from mars_runtime.rounding import MAX_SHIFT
 
 from ..constraints import check_layer, check_spec
 from ..graph import (
@@ -55,7 +56,6 @@ Shape: TypeAlias = tuple[int, ...]
 
 # The multipliers of an addition: 255 * 2**22 twice stays below 2**31 in any accumulator.
 _ADD_BITS = 22
-_MAX_SHIFT = 62
 
 
 @attrs.frozen(eq=False)
@@ -196,7 +196,7 @@ def _requant(quantizer: Quantizer, grid: Array) -> tuple[Requant, int]:
     """Give the requantization from accumulators on a grid, and the lowest code."""
     base, bits, low, high = _stored_range(quantizer)
     exponent = _exponent(float(grid[0])) if len(set(grid.tolist())) == 1 else None
-    if quantizer.eq5 and exponent is not None and 0 <= -exponent <= _MAX_SHIFT:
+    if quantizer.eq5 and exponent is not None and 0 <= -exponent <= MAX_SHIFT:
         return Requant.eq5(bits, -exponent), base
     real = grid * (quantizer.factor / quantizer.codes.scale[0])
     multiplier, shift = _fixed_point(real)
@@ -220,7 +220,7 @@ def _fixed_point(real: Array) -> tuple[Array, Array]:
     shift = 31 - exponent
     if shift.min() < 0:
         raise UnsupportedError(f"requantization multiplies by {real.max():g}, at most 2**31")
-    over = np.maximum(shift - _MAX_SHIFT, 0)  # so small that its low bits cannot matter
+    over = np.maximum(shift - MAX_SHIFT, 0)  # so small that its low bits cannot matter
     return np.rint(np.ldexp(multiplier, -over)).astype(np.int64), shift - over
 
 
