@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 @click.command("train", cls=MarsCommand)
-@click.argument("recipe", metavar="RECIPE|FILE.toml", required=False)
+@click.argument("recipe", metavar="[RECIPE|FILE.toml]", required=False)
 @click.option(
     "--data", metavar="PATH", help="Images: .npz, a binary CIFAR archive, a folder of idx files."
 )
@@ -55,7 +55,7 @@ def train_command(
     final.pt and, of a quantized network, net.onnx.
 
     \b
-    Example, the dense network and then the quantized, pruned one that starts from it:
+    Example, a dense network and the quantized, pruned one that starts from it:
       mars train resnet20-dense --data cifar-10-binary.tar.gz
       mars train resnet20-w8a8 --data cifar-10-binary.tar.gz
       mars compile runs/resnet20-w8a8/net.onnx --program net.mars
