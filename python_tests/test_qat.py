@@ -531,3 +531,22 @@ def test_an_unknown_input_shape_is_asked_for():
         to_graph(network)
     network.eval()(images())
     assert to_graph(network).inputs[0].shape == SHAPE
+
+
+# -- through TVM onto MARS -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["functional", "blocks", "average pools"])
+def test_exported_networks_run_on_mars(name, tmp_path):
+    pytest.importorskip("tvm")
+    import tvm_mars
+    from mars_runtime import run
+
+    network = trained(MODELS[name](), WIDTHS["w8a4"])
+    export(network, tmp_path / "net.onnx")
+    compiled = tvm_mars.compile(tmp_path / "net.onnx", target="mars")
+    assert compiled.program is not None
+    x = images(seed=99)
+    (result,) = run(compiled.program, {"x0": x.numpy()}).values()
+    with torch.no_grad():
+        np.testing.assert_array_equal(result, network(x).numpy())
