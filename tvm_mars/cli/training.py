@@ -37,6 +37,7 @@ INTERRUPTED = 130
     help="Change the recipe, as in training.epochs=2; may be repeated.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option("--tensorboard", metavar="DIR", help="Write a log for TensorBoard.")
 @click.option("--list", "wanted", is_flag=True, help="Print the recipes that come with tvm-mars.")
 def train_command(
@@ -45,6 +46,7 @@ def train_command(
     runs: str,
     changes: dict[str, str],
     threads: int | None,
+    device: str,
     tensorboard: str | None,
     wanted: bool,
 ) -> None:
@@ -81,7 +83,9 @@ def train_command(
     chosen = load_recipe(recipe, changes)
     train, test = load_data(data)
     with _progress() as progress:
-        trainer = Trainer(chosen, train, test, runs, progress=progress, tensorboard=tensorboard)
+        trainer = Trainer(
+            chosen, train, test, runs, device=device, progress=progress, tensorboard=tensorboard
+        )
         trainer.run()
     if not trainer.finished:
         click.echo(f"stopped at step {trainer.step} of {trainer.steps}: run it again", err=True)

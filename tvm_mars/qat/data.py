@@ -61,6 +61,10 @@ class Images:
         """One more than the largest label."""
         return int(self.labels.max()) + 1
 
+    def to(self, device: torch.device) -> Images:
+        """Move them to a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
     def first(self, count: int) -> Images:
         """Give the first images."""
         return Images(self.pixels[:count], self.labels[:count])
@@ -204,13 +208,18 @@ def batch_of(images: Images, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(batch: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Shift, mirror and cut each image of a batch ``[N, C, H, W]`` on its own."""
+    """Shift, mirror and cut each image of a batch ``[N, C, H, W]`` on its own.
+
+    The generator is the CPU's, so that any device gets the same images.
+    """
     count, _, height, width = batch.shape
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high, (count, 1), generator=generator)
+        return torch.randint(low, high, (count, 1), generator=generator).to(batch.device)
 
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
+    every_row = torch.arange(height, device=batch.device)[None]
+    every_column = torch.arange(width, device=batch.device)[None]
+    rows, columns = every_row, every_column
     if how.flip:
         columns = torch.where(draw(0, 2) == 1, width - 1 - columns, columns)
     if how.shift:
@@ -218,13 +227,13 @@ def augment(batch: Tensor, how: Augmentation, generator: torch.Generator) -> Ten
         rows = rows + draw(0, 2 * how.shift + 1)
         columns = columns + draw(0, 2 * how.shift + 1)
     if how.shift or how.flip:
-        picked = torch.arange(count)[:, None, None]
+        picked = torch.arange(count, device=batch.device)[:, None, None]
         rows, columns = rows.expand(count, -1), columns.expand(count, -1)
         # Advanced indices around the channel axis put it last: [N, H, W, C].
         batch = batch[picked, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     if how.cutout:
-        far_down = (torch.arange(height)[None] - draw(0, height)).abs() * 2 >= how.cutout
-        far_right = (torch.arange(width)[None] - draw(0, width)).abs() * 2 >= how.cutout
+        far_down = (every_row - draw(0, height)).abs() * 2 >= how.cutout
+        far_right = (every_column - draw(0, width)).abs() * 2 >= how.cutout
         kept = far_down[:, None, :, None] | far_right[:, None, None, :]
-        batch = torch.where(kept, batch, torch.full((), 0.5))
+        batch = torch.where(kept, batch, 0.5)
     return batch

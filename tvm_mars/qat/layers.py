@@ -97,9 +97,9 @@ class Term(nn.Module):
         weight, channels = weight.detach(), len(weight)
         self.norm, self.gamma = copy.deepcopy(norm), None
         # In front of a batch normalization a bias only moves the mean.
-        start = torch.zeros(channels) if bias is None else bias.detach().clone()
+        start = weight.new_zeros(channels) if bias is None else bias.detach().clone()
         self.bias = nn.Parameter(start) if norm is None else None
-        peak = torch.ones(channels)
+        peak = weight.new_ones(channels)
         if method != "float":
             weight = weight.clamp(-_NEAR_ONE, _NEAR_ONE)
             peak = group_peak(weight, group if method == "mars" else channels)
@@ -109,7 +109,8 @@ class Term(nn.Module):
         elif method == "mars":
             self.gamma = nn.Parameter(peak.clone())
         self.weight = nn.Parameter(weight.clone())
-        self.register_buffer("mask", torch.ones(self.group_set_shape(), dtype=torch.bool))
+        mask = torch.ones(self.group_set_shape(), dtype=torch.bool, device=weight.device)
+        self.register_buffer("mask", mask)
         self.frozen = False
 
     def extra_repr(self) -> str:
@@ -303,10 +304,12 @@ class _Normalized:
 
     def __init__(self, term: Term, x: Tensor) -> None:
         assert term.norm is not None
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if mixed else x.dtype
         self.term, self.x = term, x.to(kind)
         self.normalized = term.normalized()
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             self.y = convolve(self.x, self.normalized.to(kind), None, term.geometry)
             self.mean, variance, self.together = term.statistics(self.y)
             self.inverse = torch.rsqrt(variance + term.norm.eps)
@@ -317,7 +320,7 @@ class _Normalized:
 
     def convolution(self, bias: Tensor | None) -> Tensor:
         assert self.term.norm is not None
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.x.device.type, enabled=False):
             return FoldedConv.apply(
                 self.x,
                 self.normalized,

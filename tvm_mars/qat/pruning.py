@@ -138,7 +138,7 @@ class Pruner:
         self.total: int = sum(term.mask.numel() for term in self.terms)
         self._stays = [max(1, round(plan.keep * t.mask.numel())) for t in self.terms]
         self._costs = _cycle_shares(network, self.terms, arch or MarsArch(), plan)
-        self._active = True
+        self._active, self._due = True, 0.0
         need, have = round(plan.sparsity * self.total), self.total - sum(self._stays)
         if plan.scope == "global" and need > have:
             raise CapacityError(
@@ -157,7 +157,10 @@ class Pruner:
     def before_step(self, progress: float) -> None:
         """Remove what is due at a share of the training."""
         self._active = progress < self.plan.end
-        self.prune_to(ramp(self.plan, progress))
+        due = ramp(self.plan, progress)
+        if due != self._due:
+            self.prune_to(due)
+            self._due = due
 
     @torch.no_grad()
     def prune_to(self, share: float) -> None:
@@ -176,7 +179,7 @@ class Pruner:
             return
         scores = [self._removable(i) for i in which]
         order = torch.cat(scores).argsort(stable=True)[:count]
-        chosen = torch.zeros(sum(map(len, scores)), dtype=torch.bool)
+        chosen = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device=order.device)
         chosen[order] = True
         for term, part in zip(terms, chosen.split([len(s) for s in scores]), strict=True):
             term.mask &= ~part.view(term.mask.shape)

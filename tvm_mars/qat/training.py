@@ -125,6 +125,8 @@ class Trainer:
     runs : path
         Folder of runs; this one keeps its checkpoint, final weights and history in
         ``runs/<recipe.name>``, and continues from there if they exist.
+    device : str
+        Where to compute, such as ``cpu`` or ``cuda``. cuDNN's TF32 is switched off.
     progress : callable
         Told after each step.
     tensorboard : path
@@ -142,10 +144,13 @@ class Trainer:
         test: Images,
         runs: str | Path,
         *,
+        device: str = "cpu",
         progress: Progress | None = None,
         tensorboard: str | Path | None = None,
     ) -> None:
-        self.recipe, self.images, self.test = recipe, train, test
+        self.recipe, self.device = recipe, torch.device(device)
+        self.images, self.test = train.to(self.device), test.to(self.device)
+        torch.backends.cudnn.allow_tf32 = False
         self.runs, self.folder = Path(runs), Path(runs) / recipe.name
         self.progress, self.tensorboard = progress, tensorboard
         self.steps_per_epoch = len(train) // recipe.training.batch
@@ -174,17 +179,18 @@ class Trainer:
             model = build_network(recipe, self.images.classes, self.images.shape)
         if isinstance(model, MarsNetwork) and recipe.calibration:
             chosen = torch.arange(min(recipe.calibration, len(self.images)))
-            calibrate(model, batch_of(self.images, chosen)[0])
+            calibrate(model, batch_of(self.images, chosen)[0].cpu())
         if recipe.training.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        return model
+        return model.to(self.device)
 
     def _teacher(self) -> nn.Module | None:
         wanted = self.recipe.distillation
         if wanted is None:
             return None
         teacher = load_run(self.runs / wanted.teacher)
-        return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
+        teacher = teacher.to(self.device, memory_format=torch.channels_last)
+        return teacher.requires_grad_(False)
 
     # -- state --
 
@@ -220,7 +226,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
-            self.average.values = state["average"]
+            self.average.load(state["average"])
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -327,7 +333,7 @@ class Trainer:
 
     def _loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         training, distillation = self.recipe.training, self.recipe.distillation
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.amp == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=training.amp == "bf16"):
             logits = self.model(batch)
             if self.teacher is not None:
                 taught = self.teacher(batch)
@@ -389,6 +395,11 @@ class _Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.values = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Continue from given values."""
+        for key, value in values.items():
+            self.values[key].copy_(value)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
