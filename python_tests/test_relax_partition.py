@@ -317,6 +317,24 @@ def test_report_is_read_from_a_partitioned_module() -> None:
     assert tvm_mars.offload_report(tvm_mars.partition_for_mars(mod)) == tvm_mars.offload_report(mod)
 
 
+def test_shapes_of_run_time_leave_a_model_to_the_cpu() -> None:
+    """TVM's MergeCompositeFunctions ends on the bindings of such shapes."""
+    model = imported_model(1, batch=1)
+    graph = model.graph
+    graph.input.append(onnx.helper.make_tensor_value_info("sizes", onnx.TensorProto.INT64, [2]))
+    graph.node.append(onnx.helper.make_node("Expand", [graph.output[0].name, "sizes"], ["wide"]))
+    wide = onnx.helper.make_tensor_value_info("wide", onnx.TensorProto.FLOAT, [None, None])
+    graph.output[0].CopyFrom(wide)
+    compiled = tvm_mars.compile(model)
+    assert not compiled.report.offloaded and compiled.program is None
+    assert all("tensor_to_shape" in decision.reason for decision in compiled.report.rejected)
+    narrow = imported_model(1, batch=1)
+    image = model_inputs(narrow, 1, 1)
+    (expected,) = onnxruntime.InferenceSession(narrow.SerializeToString()).run(None, image)
+    (result,) = compiled.run({**image, "sizes": np.array([3, expected.shape[1]])}).values()
+    np.testing.assert_allclose(result, np.repeat(expected, 3, axis=0), atol=1e-4)
+
+
 def test_a_module_with_compiled_regions_stays_as_it_is() -> None:
     mod = import_model(imported_model(1))
     done = tvm.relax.transform.RunCodegen()(tvm_mars.partition_for_mars(mod))

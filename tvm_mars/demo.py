@@ -32,7 +32,7 @@ def main() -> int:
     except ModuleNotFoundError as missing:
         print(
             f"error: the demo needs {missing.name}: run `make demo`, or "
-            "`pip install 'tvm-mars[demo]'`",
+            "`pip install '.[demo]'`",
             file=sys.stderr,
         )
         return 1

@@ -242,6 +242,10 @@ def _read_onnx(path: Path) -> Any:
     return model
 
 
+# TVM's importer converts operator by operator, and each refuses in its own way.
+_IMPORTER_RAISES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
 def _import_onnx(model: Any) -> tvm.IRModule:
     from tvm.relax.frontend.onnx import from_onnx
 
@@ -250,13 +254,13 @@ def _import_onnx(model: Any) -> tvm.IRModule:
         warnings.filterwarnings("ignore", message="Renaming name")
         try:
             mod = from_onnx(model)
-        except tvm.error.OpNotImplemented as error:
+        except _IMPORTER_RAISES as error:
             raise UnsupportedError(
-                f"TVM does not import it: {error}",
+                f"TVM's importer does not take it: {str(error).strip()}",
                 where="model",
-                hint="quantized networks are taken in the Q/DQ format: QuantizeLinear and "
-                "DequantizeLinear around the operators",
-            ) from None
+                hint="give static shapes but for the batch, and quantize in the Q/DQ format: "
+                "QuantizeLinear and DequantizeLinear around the operators",
+            ) from error
     constants = {entry.name for entry in model.graph.initializer}
     inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
     outputs = [entry.name for entry in model.graph.output]

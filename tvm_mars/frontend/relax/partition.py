@@ -135,8 +135,10 @@ def partition_for_mars(
         mod = relax.transform.FuseOpsByPattern(get_patterns_with_prefix("mars."))(mod)
     mod = _bind_shapes(mod)
     mod = release(mod, reads_numbers)
-    if any(attribute(func, COMPOSITE) is not None for _, func in mod.functions_items()):
-        # TVM's merging cannot read a module whose regions are compiled already.
+    unreadable = _unreadable(mod)
+    if unreadable:
+        mod = release(mod, _giving_back(unreadable, session))
+    else:
         mod = relax.transform.MergeCompositeFunctions()(mod)
     mod = release(mod, _unworthy(options, session))
     mod = relax.transform.DeadCodeElimination()(mod)
@@ -253,6 +255,29 @@ def _host_operators(mod: tvm.IRModule) -> tuple[str, ...]:
                 name = getattr(called, "name_hint", "") or called.name
                 found.setdefault(name.removeprefix("relax."))
     return tuple(found)
+
+
+def _unreadable(mod: tvm.IRModule) -> str:
+    """Say what TVM's MergeCompositeFunctions fails on, which ends on two kinds of bindings."""
+    for _, func in model_functions(mod):
+        for binding in all_bindings(func):
+            if isinstance(binding, relax.MatchCast):
+                return f"{binding.var.name} has a shape that is only known at run time"
+            called = getattr(binding.value, "op", None)
+            arguments = getattr(binding.value, "args", ())
+            for entry in (called, *arguments):
+                if isinstance(entry, relax.ExternFunc):
+                    return f"{binding.var.name} calls the packed function {entry.global_symbol}"
+    return ""
+
+
+def _giving_back(why: str, session: _Session) -> Judge:
+    def judge(func: relax.Function, sources: list[relax.Function | None]) -> bool:
+        for binding in all_bindings(func):
+            session.reasons[origin(binding.value)] = f"TVM cannot merge regions beside: {why}"
+        return True
+
+    return judge
 
 
 def _unworthy(options: CompileOptions, session: _Session) -> Judge:
