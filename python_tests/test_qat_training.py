@@ -180,6 +180,19 @@ def test_the_moving_average_is_one(data, tmp_path):
                                atol=1e-7)  # fmt: skip
 
 
+def test_tensorboard_gets_each_epoch(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = Trainer(Recipe("t", "plain", training=SMALL), *data, tmp_path,
+                      tensorboard=tmp_path / "log")  # fmt: skip
+    trainer.run()
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([entry["loss"] for entry in trainer.history])
+
+
 def test_schedules():
     training = Training(epochs=10, learning_rate=1.0, warmup=1, schedule="linear")
     rates = [learning_rate(training, step, 4) for step in range(40)]

@@ -63,28 +63,31 @@ def train_command(
       mars compile runs/resnet20-w8a8/net.onnx --program net.mars
     """
     try:
-        import torch
-    except ModuleNotFoundError:
-        raise click.ClickException("training needs PyTorch: pip install tvm-mars[train]") from None
-
-    from ..qat.data import load_data
-    from ..qat.recipe import load_recipe, recipe_names
-    from ..qat.training import Trainer
+        from ..qat import Trainer, load_data, load_recipe, recipe_names
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"training needs {error.name}: pip install tvm-mars[train]"
+        ) from None
 
     if wanted:
         click.echo("\n".join(recipe_names()))
         return
     if not (recipe and data):
         raise click.UsageError("give a recipe (--list names those that there are) and --data")
-    if threads:
-        torch.set_num_threads(threads)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tvm_mars.qat").setLevel(logging.INFO)
     chosen = load_recipe(recipe, changes)
     train, test = load_data(data)
     with _progress() as progress:
         trainer = Trainer(
-            chosen, train, test, runs, device=device, progress=progress, tensorboard=tensorboard
+            chosen,
+            train,
+            test,
+            runs,
+            device=device,
+            threads=threads,
+            progress=progress,
+            tensorboard=tensorboard,
         )
         trainer.run()
     if not trainer.finished:

@@ -15,12 +15,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .calibration import calibrate
+from .data import load_data
 from .export import export
 from .integer import IntegerNetwork, to_graph
 from .network import MarsNetwork
 from .pruning import Pruner, PruningPlan
 from .quantization import Quantization, convert, prepare
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, recipe_names
+from .report import compression
 from .training import Trainer
 
 if TYPE_CHECKING:
@@ -36,10 +38,13 @@ __all__ = [
     "Recipe",
     "Trainer",
     "calibrate",
+    "compression",
     "convert",
     "export",
+    "load_data",
     "load_recipe",
     "prepare",
+    "recipe_names",
     "to_graph",
     "whole_model",
 ]

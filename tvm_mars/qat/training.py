@@ -127,6 +127,8 @@ class Trainer:
         ``runs/<recipe.name>``, and continues from there if they exist.
     device : str
         Where to compute, such as ``cpu`` or ``cuda``. cuDNN's TF32 is switched off.
+    threads : int
+        Threads of the CPU; None: as PyTorch chooses.
     progress : callable
         Told after each step.
     tensorboard : path
@@ -145,12 +147,15 @@ class Trainer:
         runs: str | Path,
         *,
         device: str = "cpu",
+        threads: int | None = None,
         progress: Progress | None = None,
         tensorboard: str | Path | None = None,
     ) -> None:
         self.recipe, self.device = recipe, torch.device(device)
         self.images, self.test = train.to(self.device), test.to(self.device)
         torch.backends.cudnn.allow_tf32 = False
+        if threads:
+            torch.set_num_threads(threads)
         self.runs, self.folder = Path(runs), Path(runs) / recipe.name
         self.progress, self.tensorboard = progress, tensorboard
         self.steps_per_epoch = len(train) // recipe.training.batch
