@@ -28,7 +28,7 @@ from tvm_mars.graph import (
     Residual,
     evaluate_values,
 )
-from tvm_mars.schedule import Schedule, fuse_pools, plan
+from tvm_mars.schedule import Schedule, fuse_pools, plan, scheduled_steps
 from tvm_mars.schedule.plan import input_windows
 
 MARS = PRESETS["mars"]
@@ -124,7 +124,8 @@ def assert_conserved(timeline: Timeline, arch: MarsArch) -> None:
 def assert_macs(timeline: Timeline, region: Region, graph: Graph, arch: MarsArch) -> None:
     """MACs executed are the packed ones times pixels, however tiles and loads cut them."""
     packed = pack(graph, arch)
-    for step, layer, info in zip(fuse_pools(graph), timeline.layers, region.layers, strict=True):
+    steps = scheduled_steps(graph, plan(graph, arch, packed))
+    for step, layer, info in zip(steps, timeline.layers, region.layers, strict=True):
         if not isinstance(step.layer, Conv):
             assert layer.counters.macs(arch) == layer.macro_cycles == 0
             continue
@@ -150,7 +151,7 @@ def assert_weights_fetched(
 ) -> None:
     """Weight bits off-chip are the stored ones, once for each time that a load is filled."""
     packed = pack(graph, arch)
-    steps = fuse_pools(graph)
+    steps = scheduled_steps(graph, schedule)
     for step, entry, info in zip(steps, schedule.layers, region.layers, strict=True):
         if not isinstance(step.layer, Conv):
             continue
@@ -255,7 +256,7 @@ def schedule_features(graph: Graph, arch: MarsArch) -> set[str]:
     except CapacityError:
         return set()
     found = {"spill"} if schedule.spills else set()
-    for step, entry in zip(fuse_pools(graph), schedule.layers, strict=True):
+    for step, entry in zip(scheduled_steps(graph, schedule), schedule.layers, strict=True):
         if step.pool:
             found.add("fused pool")
         if any(load.splits for load in entry.loads):

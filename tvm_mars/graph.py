@@ -402,6 +402,8 @@ def _result_type(layer: Layer, types: Mapping[str, MapType]) -> MapType:
         return _pool_type(layer, types)
     shapes = {types[name].shape for name in layer.inputs}
     _require(len(shapes) == 1 and len(layer.operands) <= 2, layer.name, f"adds shapes {shapes}")
+    worst = sum(_reach(types[o.input]) * abs(o.multiplier) for o in layer.operands)
+    _require(worst < 2**31, layer.name, f"sums may reach {worst}, above 2**31 - 1")
     channels, height, width = shapes.pop()
     _check_requant(layer.name, layer.requant, channels)
     _require(
@@ -472,12 +474,20 @@ def worst_accumulator(layer: Conv, types: Mapping[str, MapType]) -> int:
     for term in layer.terms:
         source = types[term.input]
         magnitude = np.abs(term.weight.astype(np.int64)).sum(axis=(1, 2, 3))
-        top = 2**source.bits - 1 + source.zero_point
-        worst = worst + ((magnitude * top) << term.shift)
+        worst = worst + ((magnitude * _top(source)) << term.shift)
     if layer.residual:
-        source = types[layer.residual.input]
-        worst = worst + ((2**source.bits - 1 + source.zero_point) << layer.residual.shift)
+        worst = worst + (_top(types[layer.residual.input]) << layer.residual.shift)
     return int(worst.max())
+
+
+def _top(source: MapType) -> int:
+    """Bound a stored code plus the correction of its zero point."""
+    return int(2**source.bits - 1 + source.zero_point)
+
+
+def _reach(source: MapType) -> int:
+    """Bound the steps that a code stands for."""
+    return max(source.zero_point, int(2**source.bits - 1 - source.zero_point))
 
 
 def _pool_type(layer: Pool, types: Mapping[str, MapType]) -> MapType:
@@ -503,6 +513,11 @@ def _pool_type(layer: Pool, types: Mapping[str, MapType]) -> MapType:
         layer.name,
         "an average pool requantizes all channels alike",
     )
+    count = layer.kernel[0] * layer.kernel[1]
+    worst = count * _reach(source)
+    _require(worst < 2**31, layer.name, f"sums may reach {worst}, above 2**31 - 1")
+    divisor = count << int(layer.requant.shift[0])
+    _require(divisor < 2**62, layer.name, f"divides by {divisor}, above 2**62")
     return MapType(source.channels, height, width, layer.requant.bits, layer.requant.zero_point)
 
 

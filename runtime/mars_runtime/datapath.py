@@ -11,7 +11,7 @@ import numpy.typing as npt
 from . import isa, timing
 from .errors import MachineError, MemoryAccessError
 from .kernels import convolve_group_sets, max_windows
-from .maps import WORD_BYTES, WORD_CHANNELS, join_nibbles, split_nibbles
+from .maps import RAW_BITS, WORD_BYTES, WORD_CHANNELS, join_nibbles, split_nibbles
 from .memory import Cells, ChipMemory, Core, whole
 from .packing import block_parameter_bytes, unpack_parameters
 from .rounding import MAX_SHIFT, divide_half_even
@@ -205,8 +205,7 @@ class ConvTile:
             for segment in visit.segments:
                 if segment.taps:
                     acc = acc + self._products(segment, *patches[segment.context])
-            if np.abs(acc).max() >= 2**31:
-                raise MachineError("an accumulator leaves 32 bits")
+            _check_width(acc)
             if visit.last:
                 self._finish(visit.block, acc, multiplier, shift)
             else:
@@ -307,6 +306,7 @@ class ConvTile:
         residual = self.core.config.residual
         if residual:
             acc = acc + self._residual(residual, block, place, view)
+            _check_width(acc)
         view.cells.write(place, self.start, self.end, view.view)
         if apw.mode == isa.MODE_RAW:
             self._write_raw(view, place[1], rows, columns, acc)
@@ -345,6 +345,11 @@ class ConvTile:
             view.cells.read(place, self.start, self.end, view.view)
         codes = view.codes(np.array([place[1]]))[:, 0, rows, columns]
         return codes.astype(np.int64) << residual.shift
+
+
+def _check_width(acc: Array) -> None:
+    if np.abs(acc).max() >= 2 ** (RAW_BITS - 1):
+        raise MachineError(f"an accumulator leaves {RAW_BITS} bits")
 
 
 def _apw_codes(apw: isa.Apw, acc: Array, multiplier: Array, shift: Array) -> Array:

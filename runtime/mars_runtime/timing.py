@@ -112,7 +112,7 @@ class Load:
         return any(not (visit.first and visit.last) for visit in self.visits)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:
     """Walk the load descriptor and index codes of an index SRAM's content.
 

@@ -17,7 +17,7 @@ from mars_runtime.timing import RAW_WORDS
 
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
-from ..schedule import LayerSchedule, Load, Place, Schedule, Step, fuse_pools
+from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
 from ..schedule.plan import Window, input_windows
 from .emitter import Emitter, Span
 from .image import Image, LoadImage
@@ -57,7 +57,7 @@ class _Generator:
         self.types = graph.types
         self.out = Emitter()
         self.image = Image()
-        self.steps = fuse_pools(graph)
+        self.steps = scheduled_steps(graph, schedule)
         self.loads: dict[str, list[LoadImage]] = {
             entry.layer: [
                 self.image.add_load(packed[entry.layer], load, with_weights) for load in entry.loads

@@ -4,7 +4,7 @@
 """
 
 from .loads import make_loads
-from .plan import Step, fuse_pools, plan, smallest_tile
+from .plan import Step, fuse_pools, plan, scheduled_steps, smallest_tile
 from .types import LayerSchedule, Load, Piece, Place, Schedule
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "fuse_pools",
     "make_loads",
     "plan",
+    "scheduled_steps",
     "smallest_tile",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import attrs
 
@@ -23,7 +23,15 @@ from .types import LayerSchedule, Load, Place, Schedule
 # A staged input, by its position among the layer's inputs; "output"; "partial".
 Item: TypeAlias = int | str
 
-__all__ = ["Step", "Window", "fuse_pools", "input_windows", "plan", "smallest_tile"]
+__all__ = [
+    "Step",
+    "Window",
+    "fuse_pools",
+    "input_windows",
+    "plan",
+    "scheduled_steps",
+    "smallest_tile",
+]
 
 
 @attrs.frozen
@@ -44,17 +52,18 @@ class Step:
         return self.pool.kernel if self.pool else (1, 1)
 
 
-def fuse_pools(graph: Graph) -> tuple[Step, ...]:
+def fuse_pools(graph: Graph, apart: Container[str] = ()) -> tuple[Step, ...]:
     """Fuse each max pool into the convolution before it where the APW can do it while writing.
 
     Its windows must not overlap, need no padding, and nothing else may read the convolution.
+    Pools named in ``apart`` are not fused.
     """
     consumers = graph.consumers()
     left = {out.value for out in graph.outputs}
     fused: dict[str, Pool] = {}
     limit = isa.field_limit(isa.Apw, "pool_height")
     for layer in graph.layers:
-        if not isinstance(layer, Pool) or layer.mode != "max":
+        if not isinstance(layer, Pool) or layer.mode != "max" or layer.name in apart:
             continue
         source = next((one for one in graph.layers if one.name == layer.input), None)
         if (
@@ -71,6 +80,17 @@ def fuse_pools(graph: Graph) -> tuple[Step, ...]:
     return tuple(
         Step(layer, fused.get(layer.name)) for layer in graph.layers if layer.name not in pools
     )
+
+
+def scheduled_steps(graph: Graph, schedule: Schedule) -> tuple[Step, ...]:
+    """Give the steps that a schedule is for: a layer that writes a pool's map has it fused."""
+    layers = {layer.name: layer for layer in graph.layers}
+    steps = []
+    for entry in schedule.layers:
+        pool = layers[entry.output] if entry.output != entry.layer else None
+        assert pool is None or isinstance(pool, Pool)
+        steps.append(Step(layers[entry.layer], pool))
+    return tuple(steps)
 
 
 @attrs.frozen
@@ -194,17 +214,11 @@ class _NoRoom(Exception):
 class _Planner:
     def __init__(self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> None:
         self.graph, self.arch, self.types = graph, arch, graph.types
-        self.steps = fuse_pools(graph)
         self.left = {out.value for out in graph.outputs}
-        self.last_use: dict[str, int] = {}
-        for i, step in enumerate(self.steps):
-            self.last_use.setdefault(step.output, i)
-            for name in step.layer.inputs:
-                self.last_use[name] = i
         self.loads = {
-            step.layer.name: self._loads(step.layer, packed[step.layer.name])
-            for step in self.steps
-            if isinstance(step.layer, Conv)
+            layer.name: self._loads(layer, packed[layer.name])
+            for layer in graph.layers
+            if isinstance(layer, Conv)
         }
 
     def _loads(self, layer: Conv, packed: PackedConv) -> tuple[Load, ...]:
@@ -212,41 +226,62 @@ class _Planner:
         return make_loads(packed, self.arch, accesses)
 
     def plan(self) -> Schedule:
-        spilled = {entry.name for entry in self.graph.inputs}
+        inputs = {entry.name for entry in self.graph.inputs}
         consumers = self.graph.consumers()
+        apart: set[str] = set()
+        spilled = set(inputs)
+        self._divide(apart)
         while True:
             try:
                 layers = self._attempt(spilled)
             except _NoRoom as full:
-                spilled.add(self._victim(full.index, spilled))
+                victim = self._victim(full.index, spilled)
+                pool = self.steps[full.index].pool
+                if victim is not None:
+                    spilled.add(victim)
+                elif pool is not None:  # a window of pixels does not fit: one pixel may
+                    apart.add(pool.name)
+                    spilled = set(inputs)
+                    self._divide(apart)
+                else:
+                    self._refuse(self.steps[full.index])
             else:
                 spills = [e.output for e in layers if e.output_staged and consumers[e.output]]
                 return Schedule(tuple(layers), tuple(spills))
 
-    def _victim(self, index: int, spilled: set[str]) -> str:
+    def _divide(self, apart: Container[str]) -> None:
+        """Divide the graph into steps, and find where each value is used last."""
+        self.steps = fuse_pools(self.graph, apart)
+        self.last_use: dict[str, int] = {}
+        for i, step in enumerate(self.steps):
+            self.last_use.setdefault(step.output, i)
+            for name in step.layer.inputs:
+                self.last_use[name] = i
+
+    def _refuse(self, step: Step) -> NoReturn:
+        need, have = smallest_tile(step, self.types, self.arch) or (0, 0)
+        raise CapacityError(
+            "its smallest tile does not fit the feature-map SRAMs",
+            op=step.layer.name,
+            need=need,
+            have=have,
+            unit="words",
+            hint="leave this operator to the CPU, or enlarge bank_bits",
+        ) from None
+
+    def _victim(self, index: int, spilled: set[str]) -> str | None:
         """Choose the value to spill: alive at this step, next used furthest away, then largest."""
-        step = self.steps[index]
         alive = [
             other.output
             for i, other in enumerate(self.steps[:index])
             if self.last_use[other.output] >= index and other.output not in spilled
         ]
-        if not alive:
-            need, have = smallest_tile(step, self.types, self.arch) or (0, 0)
-            raise CapacityError(
-                "its smallest tile does not fit the feature-map SRAMs",
-                op=step.layer.name,
-                need=need,
-                have=have,
-                unit="words",
-                hint="leave this operator to the CPU, or enlarge bank_bits",
-            ) from None
 
         def priority(name: str) -> tuple[int, int, str]:
             uses = [i for i in range(index, len(self.steps)) if self._reads(i, name)]
             return (uses[0], self.types[name].words, name)
 
-        return max(alive, key=priority)
+        return max(alive, key=priority, default=None)
 
     def _reads(self, index: int, name: str) -> bool:
         return name in self.steps[index].layer.inputs
