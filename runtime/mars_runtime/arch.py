@@ -199,7 +199,12 @@ class MarsArch:
         1, "core cycles", "[A]", "From the last result to the write of its word.", low=0, high=1024
     )
     issue_cycles: int = _number(
-        1, "core cycles", "[A]", "Time in which the controller issues one instruction.", high=1024
+        1,
+        "core cycles",
+        "[A]",
+        "Time in which the controller issues one instruction. Instructions travel while the "
+        "off-chip port is idle: their bits and energy count, their time does not.",
+        high=1024,
     )
     offchip_bytes: int = _number(
         2**30,

@@ -210,6 +210,10 @@ class ConvTile:
                 self._finish(visit.block, acc, multiplier, shift)
             else:
                 self._write_partial(acc)
+        if any(not visit.first for visit in load.visits):
+            # Marked last: what one visit has read another may overwrite, in order, by itself.
+            cells, _, span = self._partial_store()
+            cells.busy[span] = np.maximum(cells.busy[span], self.end)
 
     def _mark_srams(self, load: timing.Load) -> None:
         core, conv, start, end = self.core, self.conv, self.start, self.end

@@ -273,7 +273,8 @@ def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: Load) ->
         (writes[0], writes[1]),
         written,
         partial_words,
-        load.segments * isa.SEGMENT_BYTES + load.codes * isa.CODE_BYTES,
+        # Sixteen accumulators hold one pixel of a block: the codes are walked for every pixel.
+        load.segments * isa.SEGMENT_BYTES + pixels * load.codes * isa.CODE_BYTES,
         len(load.visits) * block_parameter_bytes(with_multiplier),
     )
 

@@ -13,7 +13,7 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
-from mars_runtime.timing import RAW_WORDS, WORD_BITS
+from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cycles, offchip_cycles
 
 from ..graph import Add, Conv, Graph, Layer, Pool
 from ..pack import PackedConv
@@ -202,7 +202,7 @@ class _Banks:
 class _Option:
     """A way to run a step, with its estimated cycles beside compute."""
 
-    cost: float
+    cost: int
     schedule: LayerSchedule
 
 
@@ -214,12 +214,19 @@ class _NoRoom(Exception):
 class _Planner:
     def __init__(self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> None:
         self.graph, self.arch, self.types = graph, arch, graph.types
+        self.packed = packed
         self.left = {out.value for out in graph.outputs}
         self.loads = {
             layer.name: self._loads(layer, packed[layer.name])
             for layer in graph.layers
             if isinstance(layer, Conv)
         }
+
+    def _fill_cycles(self, layer: str, load: Load) -> int:
+        """Estimate one filling: the fixed cost and the second hop of the fullest core."""
+        most = max(load.group_sets(core) for core in load.active)
+        fill = isa.Fill(count=most, weight_bits=int(self.packed[layer].weight_bits == 8))
+        return self.arch.array_fill_cycles + fill_cycles(self.arch, fill)
 
     def _loads(self, layer: Conv, packed: PackedConv) -> tuple[Load, ...]:
         accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
@@ -420,14 +427,10 @@ class _Planner:
     ) -> _Option:
         arch, out = self.arch, self.types[step.output]
         tiles = -(-out.height // tile[0]) * -(-out.width // tile[1])
-        fill = arch.group_set_weights * 8 / arch.macro_write_bits
-        load_cycles = sum(
-            arch.array_fill_cycles + fill * max(load.group_sets(core) for core in load.active)
-            for load in loads
-        )
+        load_cycles = sum(self._fill_cycles(step.layer.name, load) for load in loads)
         sizes = staging_sizes(step, self.types, tile, block_tile, False, resident)
         words_in = tiles * sum(size for item, size in sizes.items() if item != "output")
-        move_in = words_in * WORD_BITS / arch.offchip_bits_per_cycle
+        move_in = offchip_cycles(arch, words_in * WORD_BITS)
         order: Literal["tiles", "loads"] = "tiles"
         repeat_loads, repeat_moves = tiles, 1
         if len(loads) <= 1 or (
@@ -436,11 +439,11 @@ class _Planner:
             order, repeat_loads, repeat_moves = "loads", 1, max(1, len(loads))
         cost = repeat_loads * load_cycles + repeat_moves * move_in
         if place is None:  # it leaves, and comes back where it is used
-            cost += 2 * out.words * WORD_BITS / arch.offchip_bits_per_cycle
+            cost += offchip_cycles(arch, 2 * out.words * WORD_BITS)
         if partial == "offchip":
             splits = sum(not piece.last for load in loads for core in load.cores for piece in core)
             words = 2 * RAW_WORDS * out.height * out.width * math.prod(step.pooling)
-            cost += splits * words * WORD_BITS / arch.offchip_bits_per_cycle
+            cost += offchip_cycles(arch, splits * words * WORD_BITS)
         names = step.layer.inputs
         # A residual that has no place of its own is moved to where the output is written.
         inputs = tuple(
