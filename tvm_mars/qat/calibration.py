@@ -66,7 +66,7 @@ def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
 def _result_range(layer: Sum, given: list[float]) -> float:
     """Give the least constant that keeps the weights of a last layer below 1."""
     peaks = [
-        float(term.gamma.abs().max()) * before
+        float(term.affine()[0].abs().max()) * before
         for term, before in zip(layer.terms, given, strict=False)
         if term.gamma is not None
     ]
@@ -92,6 +92,7 @@ def _real_samples(network: MarsNetwork, images: Tensor) -> dict[str, Tensor]:
 
 
 def _make_real(term: Term) -> None:
+    """Let a term compute ``plain`` on the weights that it would quantize."""
     group = term.group if term.method == "mars" else len(term.weight)
     normalized = normalize_weight(term.masked_weight(), group)
     if term.gamma is not None:
@@ -136,25 +137,22 @@ def _weight_error(layer: Sum, span: float) -> float:
         if term.norm is None or term.method != "mars":
             continue
         normalized = term.normalized()
-        scale = term.norm.weight * torch.rsqrt(term.norm.running_var + term.norm.eps) / span
+        gamma, _ = term.affine()
+        scale = gamma * torch.rsqrt(term.norm.running_var + term.norm.eps) / span
         wanted = (normalized * per_kernel(scale, normalized)).flatten(1)
         got = quantize_weight(normalized, scale, term.bits).flatten(1)
         got = got * (2 ** (term.bits - 1) / (2 ** (term.bits - 1) - 1))
         power = wanted.square().sum(1)
         share = (got - wanted).square().sum(1) / torch.where(power > 0, power, 1.0)
-        noise += float((term.norm.weight.square() * share).mean()) / 2
+        noise += float((gamma.square() * share).mean()) / 2
     return noise
 
 
 def _rescale(term: Term, before: float, after: float) -> None:
+    term.spans[0] *= after / before if term.norm is None else after
+    term.spans[1] *= after
     if term.norm is None:
-        assert term.bias is not None
-        term.bias.div_(after)
-        if term.gamma is not None:
-            term.gamma.mul_(before / after)
         return
-    term.norm.weight.div_(after)
-    term.norm.bias.div_(after)
     term.norm.running_mean.div_(before)
     variance = (term.norm.running_var + term.norm.eps) / before**2 - term.norm.eps
     term.norm.running_var.copy_(variance.clamp_min(0))

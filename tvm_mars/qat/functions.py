@@ -105,26 +105,40 @@ def per_kernel(values: Tensor, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def group_peak(weight: Tensor, group: int) -> Tensor:
     """Largest magnitude in each group of kernels, one per kernel; 1 where all are zero."""
-    peak = weight.abs().flatten(1).amax(1)
+    peak = weight.abs().amax(_kernel_axes(weight))
     blocks = functional.pad(peak, (0, -len(peak) % group)).view(-1, group).amax(1)
     blocks = torch.where(blocks > 0, blocks, torch.ones_like(blocks))
     return blocks.repeat_interleave(group)[: len(peak)]
 
 
+def _kernel_axes(weight: Tensor) -> list[int]:
+    return list(range(1, weight.ndim))
+
+
+def _pass_unclamped(gradient: Tensor, normalized: Tensor, scale: Tensor) -> Tensor:
+    """Zero the gradient where eq. 7 clamps; as ``|W^| <= 1``, only a scale above 1 can make it."""
+    if not bool((scale.abs() > 1).any()):
+        return gradient
+    return gradient * ((normalized * per_kernel(scale, normalized)).abs() <= 1)
+
+
 class _WeightCodes(torch.autograd.Function):
-    """Eq. 8 behind the clamp of eq. 7."""
+    """Eq. 7 and 8; the rounding's gradient is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, scaled: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(scaled)
+    def forward(ctx: Any, normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(normalized, scale)
         half = 2 ** (bits - 1)
-        return scaled.clamp(-1, 1).mul_(half - 1).round_().div_(half)
+        scaled = normalized * per_kernel(scale, normalized)
+        return scaled.clamp_(-1, 1).mul_(half - 1).round_().div_(half)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (scaled,) = ctx.saved_tensors
-        return gradient * (scaled.abs() <= 1), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        normalized, scale = ctx.saved_tensors
+        gradient = _pass_unclamped(gradient, normalized, scale)
+        to_scale = (gradient * normalized).sum(_kernel_axes(normalized))
+        return gradient * per_kernel(scale, gradient), to_scale, None
 
 
 def quantize_weight(normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -135,7 +149,7 @@ def quantize_weight(normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
     scale : Tensor ``[O]``
         ``gamma / sqrt(var + eps)``.
     """
-    return _WeightCodes.apply(normalized * per_kernel(scale, normalized), bits)
+    return _WeightCodes.apply(normalized, scale, bits)
 
 
 def round_bias(bias: Tensor, steps: float) -> Tensor:
@@ -179,39 +193,39 @@ class FoldedConv(torch.autograd.Function):
     """``conv(x, quantized) + bias`` with the gradient of a batch normalization of ``y``.
 
     Arguments: the input; ``W^``; gamma; the bias; then, without gradients of their own, ``y`` =
-    conv(x, W^), its mean and inverse deviation, ``W-`` before its rounding and after, the geometry,
-    and whether the statistics are those of all ranks.
+    conv(x, W^), its mean and inverse deviation, the quantized ``W-``, the geometry, and whether the
+    statistics are those of all ranks.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        _normalized: Tensor,
-        _gamma: Tensor,
+        normalized: Tensor,
+        gamma: Tensor,
         bias: Tensor | None,
         y: Tensor,
         mean: Tensor,
         inverse: Tensor,
-        scaled: Tensor,
         quantized: Tensor,
         how: Geometry | None,
         synchronized: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, y, mean, inverse, scaled, quantized, _gamma)
+        ctx.save_for_backward(x, normalized, gamma, y, mean, inverse, quantized)
         ctx.how, ctx.synchronized = how, synchronized
         return convolve(x, quantized, None if bias is None else bias.to(x.dtype), how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Sequence[Tensor | None]:
-        x, y, mean, inverse, scaled, quantized, gamma = ctx.saved_tensors
+        x, normalized, gamma, y, mean, inverse, quantized = ctx.saved_tensors
         centred, to_gamma, to_bias = _norm_backward(gradient, y, mean, inverse, ctx.synchronized)
         to_x, to_weight = _convolve_backward(centred.to(x.dtype), x, quantized, ctx)
-        scale = per_kernel(gamma * inverse, scaled)
-        to_weight = to_weight.float() * scale * (scaled.abs() <= 1)
+        scale = gamma * inverse
+        to_weight = _pass_unclamped(to_weight.to(normalized.dtype), normalized, scale)
+        to_weight = to_weight * per_kernel(scale, normalized)
         bias = to_bias if ctx.needs_input_grad[3] else None
-        return (to_x, to_weight, to_gamma, bias, *[None] * 7)
+        return (to_x, to_weight, to_gamma, bias, *[None] * 6)
 
 
 def _convolve_backward(

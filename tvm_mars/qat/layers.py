@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from .functions import (
     dorefa_weight,
     group_peak,
     normalize_weight,
-    per_kernel,
     quantize_activation,
     quantize_weight,
     round_bias,
@@ -70,12 +69,19 @@ class Term(nn.Module):
     norm : batch normalization or None
     taps : int
         Pixels of the map that a dense layer takes flat.
+
+    Notes
+    -----
+    gamma and beta count in units of the given network; ``spans`` holds the two constants by which
+    they are divided so that maps fit into 0..1. Were the quotients the parameters, a step of
+    gradient descent would change them by the square of the span as much as in the given network.
     """
 
     norm: nn.Module | None
     gamma: nn.Parameter | None
     bias: nn.Parameter | None
     mask: Tensor
+    spans: Tensor
 
     def __init__(
         self,
@@ -111,6 +117,7 @@ class Term(nn.Module):
         self.weight = nn.Parameter(weight.clone())
         mask = torch.ones(self.group_set_shape(), dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask)
+        self.register_buffer("spans", weight.new_ones(2))
         self.frozen = False
 
     def extra_repr(self) -> str:
@@ -155,7 +162,19 @@ class Term(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """Latent weights, zero in pruned group-sets."""
-        return self.weight * self.spread(self.mask)
+        mask = self.weight_mask()
+        return self.weight if mask is None else self.weight * mask
+
+    def weight_mask(self) -> Tensor | None:
+        """1 or 0 for each weight, None where nothing is pruned; made anew when the mask changes."""
+        state = (self.mask.data_ptr(), self.mask._version, self.weight.stride())
+        if self._spread is None or self._spread[0] != state:
+            whole = bool(self.mask.all())
+            spread = None if whole else torch.empty_like(self.weight).copy_(self.spread(self.mask))
+            self._spread = (state, spread)
+        return self._spread[1]
+
+    _spread: tuple[tuple[Any, ...], Tensor | None] | None = None
 
     # -- weights --
 
@@ -163,13 +182,24 @@ class Term(nn.Module):
         """``W^`` of eq. 6."""
         return normalize_weight(self.masked_weight(), self.group)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gamma and beta of this layer's maps in 0..1."""
+        gamma, beta = (
+            (self.gamma, self.bias) if self.norm is None else (self.norm.weight, self.norm.bias)
+        )
+        return gamma / self.spans[0], beta / self.spans[1]
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """What multiplies ``W^`` in eq. 7, and the unrounded bias, by the moving averages."""
+        gamma, beta = self.affine()
+        if self.norm is None:
+            return gamma, beta
+        scale = gamma * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        return scale, beta - scale * self.norm.running_mean
+
     def fold(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized weights and the unrounded bias, by the moving averages."""
-        if self.norm is None:
-            assert self.gamma is not None and self.bias is not None
-            return quantize_weight(normalized, self.gamma, self.bits), self.bias
-        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-        bias = self.norm.bias - scale * self.norm.running_mean
+        scale, bias = self.scale()
         return quantize_weight(normalized, scale, self.bits), bias
 
     def normalizes(self) -> bool:
@@ -196,9 +226,15 @@ class Term(nn.Module):
         """Convolution and normalization of the methods that fold nothing."""
         weight = self.masked_weight()
         if self.method == "dorefa":
-            weight = dorefa_weight(weight, self.bits) * self.spread(self.mask)
-        y = convolve(x, weight, self.bias, self.geometry)
-        return y if self.norm is None else self.norm(y)
+            mask = self.weight_mask()
+            weight = dorefa_weight(weight, self.bits)
+            weight = weight if mask is None else weight * mask
+        y = convolve(x, weight, None, self.geometry)
+        if self.norm is not None:
+            return self.norm(y) / self.spans[1]
+        assert self.bias is not None
+        bias = (self.bias / self.spans[1]).view(-1, *[1] * (y.ndim - 2))
+        return y / self.spans[0] + bias
 
 
 def _rescale_statistics(norm: nn.Module, bias: Tensor, peak: Tensor) -> None:
@@ -313,23 +349,21 @@ class _Normalized:
             self.y = convolve(self.x, self.normalized.to(kind), None, term.geometry)
             self.mean, variance, self.together = term.statistics(self.y)
             self.inverse = torch.rsqrt(variance + term.norm.eps)
-            scale = term.norm.weight * self.inverse
-            self.scaled = self.normalized * per_kernel(scale, self.normalized)
-            self.weight = quantize_weight(self.normalized, scale, term.bits).to(kind)
-        self.bias = term.norm.bias - scale * self.mean
+        self.gamma, beta = term.affine()
+        scale = self.gamma.detach() * self.inverse
+        self.weight = quantize_weight(self.normalized.detach(), scale, term.bits).to(kind)
+        self.bias = beta - scale * self.mean
 
     def convolution(self, bias: Tensor | None) -> Tensor:
-        assert self.term.norm is not None
         with torch.autocast(self.x.device.type, enabled=False):
             return FoldedConv.apply(
                 self.x,
                 self.normalized,
-                self.term.norm.weight,
+                self.gamma,
                 bias,
                 self.y,
                 self.mean,
                 self.inverse,
-                self.scaled,
                 self.weight,
                 self.term.geometry,
                 self.together,

@@ -199,11 +199,7 @@ class Pruner:
         if self.plan.score == "latent" or term.method != "mars":
             return term.group_set_norms()
         normalized = term.normalized()
-        if term.norm is None:
-            scale = term.gamma
-        else:
-            scale = term.norm.weight * torch.rsqrt(term.norm.running_var + term.norm.eps)
-        assert scale is not None
+        scale, _ = term.scale()
         return term.group_set_norms(normalized * per_kernel(scale, normalized))
 
     def penalty(self) -> Tensor | float:
@@ -221,12 +217,13 @@ class Pruner:
         """Keep removed group-sets at zero; shrink the others by the proximal operator."""
         shrink = self.plan.lasso == "proximal" and self._active
         for term, cost in zip(self.terms, self._costs, strict=True):
-            factors = term.mask.to(term.weight.dtype)
+            mask = term.weight_mask()
+            if mask is not None:
+                term.weight.mul_(mask)
             if shrink:
                 norms = term.group_set_norms()
                 less = learning_rate * self.plan.strength / 2 * cost
-                factors *= (1 - less / norms.clamp_min(less)).clamp_min(0)
-            term.weight.mul_(term.spread(factors))
+                term.weight.mul_(term.spread((1 - less / norms.clamp_min(less)).clamp_min(0)))
 
 
 def _pruned_terms(network: MarsNetwork, plan: PruningPlan) -> list[Term]:
