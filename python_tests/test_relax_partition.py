@@ -317,6 +317,49 @@ def test_report_is_read_from_a_partitioned_module() -> None:
     assert tvm_mars.offload_report(tvm_mars.partition_for_mars(mod)) == tvm_mars.offload_report(mod)
 
 
+def test_decisions_have_the_names_of_the_onnx_nodes(caplog: pytest.LogCaptureFixture) -> None:
+    """Also of what stays on the CPU; a node without a name goes by its first output."""
+    caplog.set_level(logging.INFO, "tvm_mars")
+    w = writer()
+    x = w.requantize("image", -1, 1)
+    weight = w.weight(w.rng.normal(0, 0.3, (16, 3, 3, 3)), False)
+    x = w.node("Conv", x, weight, w.bias(np.ones(16), 1e-4))
+    x = w.requantize(w.node("Add", x, w.constant(np.ones((16, 1, 1)))), -3, 3)
+    x = w.node("MaxPool", x, kernel_shape=[2, 2], dilations=[2, 2])
+    shorter = w.requantize(x, -3, 3)
+    x = w.requantize(w.conv(shorter, 16, 16, 1), -3, 3)
+    x = w.requantize(w.node("Add", x, shorter), -4, 4)
+    x = w.requantize(w.node("GlobalAveragePool", x), -4, 4)
+    x = w.node("Flatten", x)
+    w.node("MatMul", x, w.weight(w.rng.normal(0, 0.3, (16, 10)), False))
+    model = finish(w, [10])
+    names = iter(["/stem/Conv", "stem+1", "/pool", "", "lv3", "mean", "classify"])
+    wanted = []
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "MaxPool", "Add", "GlobalAveragePool", "MatMul"):
+            node.name = next(names)
+            wanted.append(node.name or node.output[0])
+    del wanted[1]  # which adds a constant
+    report = tvm_mars.compile(model).report
+    assert [decision.name for decision in report.decisions] == wanted
+    assert [decision.name for decision in report.rejected] == ["/pool"]
+    assert "max_pool2d /pool stays on the CPU" in caplog.text
+
+
+def test_where_the_order_does_not_tell_names_decisions_keep_their_variables() -> None:
+    """A normalization computes a mean too, so no mean is named."""
+    w = writer()
+    x = w.requantize("image", -1, 1)
+    x = w.conv(x, 3, 16)
+    (conv,) = (node.name for node in w.nodes if node.op_type == "Conv")
+    x = w.node("InstanceNormalization", x, w.constant(np.ones(16)), w.constant(np.zeros(16)))
+    w.node("GlobalAveragePool", x)
+    decisions = tvm_mars.compile(finish(w, [16, 1, 1])).report.decisions
+    assert [decision.op for decision in decisions] == ["conv2d", "mean", "mean"]
+    assert decisions[0].name == conv
+    assert all(decision.name.startswith(("lv", "gv")) for decision in decisions[1:])
+
+
 def test_shapes_of_run_time_leave_a_model_to_the_cpu() -> None:
     """TVM's MergeCompositeFunctions ends on the bindings of such shapes."""
     model = imported_model(1, batch=1)

@@ -14,7 +14,10 @@ _LOG = logging.getLogger("tvm_mars")
 
 @attrs.frozen
 class Decision:
-    """What became of one operator: its name in the IR, and the reason if the CPU keeps it."""
+    """What became of one operator, and the reason if the CPU keeps it.
+
+    ``name`` is that of the ONNX node, or of the variable in the IR where that is not known.
+    """
 
     name: str
     op: str

@@ -26,7 +26,8 @@ from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
 from .description import describe
 from .nodes import sizes
-from .partition import offload_report, partition_for_mars
+from .onnx_names import onnx_names
+from .partition import OPERATOR_NAMES, find_candidates, offload_report, partition_for_mars
 from .regions import INPUT_NAMES, OUTPUT_NAMES
 
 __all__ = ["CompiledModel", "InputSpec", "compile", "import_model"]
@@ -208,7 +209,7 @@ def _target(target: Any) -> Any:
 
 
 def import_model(source: Any) -> tvm.IRModule:
-    """Import a model into Relax, with the names of its inputs and outputs as attributes."""
+    """Import a model into Relax; attributes keep its names, of operators only an ONNX model's."""
     if isinstance(source, tvm.IRModule):
         return source
     if isinstance(source, (str, os.PathLike)):
@@ -264,5 +265,8 @@ def _import_onnx(model: Any) -> tvm.IRModule:
     constants = {entry.name for entry in model.graph.initializer}
     inputs = [entry.name for entry in model.graph.input if entry.name not in constants]
     outputs = [entry.name for entry in model.graph.output]
-    mod["main"] = mod["main"].with_attrs({INPUT_NAMES: inputs, OUTPUT_NAMES: outputs})
+    operators = onnx_names(model.graph, find_candidates(mod))
+    mod["main"] = mod["main"].with_attrs(
+        {INPUT_NAMES: inputs, OUTPUT_NAMES: outputs, OPERATOR_NAMES: operators}
+    )
     return mod

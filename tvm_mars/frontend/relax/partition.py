@@ -27,8 +27,16 @@ from .normal_form import normal_form
 from .regions import is_region, name_ports, name_regions, read_region
 from .release import Judge, reads_numbers, release
 
-__all__ = ["REPORT", "offload_report", "partition_for_mars", "register_chains"]
+__all__ = [
+    "OPERATOR_NAMES",
+    "REPORT",
+    "find_candidates",
+    "offload_report",
+    "partition_for_mars",
+    "register_chains",
+]
 
+OPERATOR_NAMES = "mars.operator_names"  # the model's, of a function, by the variables of calls
 REPORT = "mars.report"
 
 _LOG = logging.getLogger("tvm_mars")
@@ -130,7 +138,7 @@ def partition_for_mars(
     if params:
         mod = relax.transform.BindParams("main", dict(params))(mod)
     mod = normal_form(mod)
-    candidates = _candidates(mod)
+    candidates = find_candidates(mod)
     with _session(options.arch) as session:
         mod = relax.transform.FuseOpsByPattern(get_patterns_with_prefix("mars."))(mod)
     mod = _bind_shapes(mod)
@@ -199,7 +207,7 @@ def offload_report(mod: tvm.IRModule, **opts: Any) -> OffloadReport:
     return OffloadReport.from_json(str(mod.attrs[REPORT]))
 
 
-def _candidates(mod: tvm.IRModule) -> dict[str, Node]:
+def find_candidates(mod: tvm.IRModule) -> dict[str, Node]:
     """Give the operators that the report accounts for, by name, with what surrounds them."""
     found: dict[str, Node] = {}
     for _, func in model_functions(mod):
@@ -207,7 +215,7 @@ def _candidates(mod: tvm.IRModule) -> dict[str, Node]:
         for binding in all_bindings(func):
             if operator(binding.value) not in CANDIDATES:
                 continue
-            node = tree(binding.value, bound, depth=3)
+            node = tree(binding.value, bound, name=binding.var.name, depth=3)
             if node.op != "add" or _sums_maps(node):
                 found.setdefault(node.name, node)
     return found
@@ -225,7 +233,9 @@ def _sums_maps(node: Node) -> bool:
 
 def _report(mod: tvm.IRModule, candidates: Mapping[str, Node], session: _Session) -> OffloadReport:
     left = set()
+    names: dict[str, Any] = {}
     for _, func in model_functions(mod):
+        names.update(attribute(func, OPERATOR_NAMES) or {})
         left |= {
             origin(binding.value)
             for binding in all_bindings(func)
@@ -233,7 +243,7 @@ def _report(mod: tvm.IRModule, candidates: Mapping[str, Node], session: _Session
         }
     decisions = [
         Decision(
-            name,
+            str(names.get(name, name)),
             node.op,
             name not in left,
             session.reasons.get(name, explain(node)) if name in left else "",
