@@ -121,6 +121,26 @@ def test_pipeline_with_options(
     np.testing.assert_array_equal(run(executable, inputs), expected)
 
 
+@pytest.mark.parametrize("generated", [False, True])
+def test_a_partitioned_module_keeps_its_options(model: onnx.ModelProto, generated: bool) -> None:
+    mod = tvm_mars.partition_for_mars(import_model(model), arch="mars-80b")
+    if generated:
+        mod = tvm.relax.transform.RunCodegen()(mod)
+    for compiling in (
+        lambda: tvm.relax.get_pipeline("mars", arch="mars-dense")(mod),
+        lambda: tvm_mars.compile(mod, arch="mars-dense"),
+        lambda: tvm_mars.offload_report(mod, arch="mars-dense"),
+    ):
+        with pytest.raises(OptionError, match="partitioned for mars-80b, not for mars-dense"):
+            compiling()
+    with pytest.raises(OptionError, match=r"option min_macs: .* for 0, not for 5"):
+        tvm_mars.partition_for_mars(mod, min_macs=5)
+    for opts in ({}, {"arch": "mars-80b"}):
+        assert tvm.compile(mod, "llvm", relax_pipeline=tvm.relax.get_pipeline("mars", **opts))
+    if not generated:
+        assert tvm_mars.compile(mod).program.arch.name == "mars-80b"
+
+
 @pytest.mark.parametrize("kind", ["path", "text", "model", "module"])
 def test_one_call_takes(
     kind: str, model: onnx.ModelProto, inputs: dict[str, Any], expected: Any, tmp_path: Path

@@ -24,7 +24,7 @@ from mars_runtime.program import Program
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Lowered, lower
-from .partition import REPORT, partition_for_mars
+from .partition import partition_for_mars
 from .regions import INTERFACE, OPTIONS, read_region
 
 __all__ = ["codegen", "collect_programs", "pipeline", "run_codegen"]
@@ -191,9 +191,7 @@ def pipeline(**opts: Any) -> tvm.transform.Pass:
     CompileOptions.from_mapping(opts)  # a bad option is an error here, not in the first module
 
     def passes(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
-        if not (mod.attrs and REPORT in mod.attrs):
-            mod = partition_for_mars(mod, **opts)
-        mod = run_codegen(mod)
+        mod = run_codegen(partition_for_mars(mod, **opts))
         return relax.get_pipeline("default_build")(mod)
 
     return tvm.transform.module_pass(passes, opt_level=0, name="mars")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +15,7 @@ from tvm.relax.backend.pattern_registry import get_patterns_with_prefix, registe
 from tvm.relax.backend.utils import has_leaking_intermediate_variables
 
 from mars_runtime.arch import MarsArch
-from mars_runtime.errors import UnsupportedError
+from mars_runtime.errors import OptionError, UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import check, lower
@@ -24,12 +24,11 @@ from ..report import Decision, OffloadReport
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import operator, origin, rebuild, recall, to_dpl, tree
 from .normal_form import normal_form
-from .regions import is_region, name_ports, name_regions, read_region
+from .regions import OPTIONS, is_region, name_ports, name_regions, read_region
 from .release import Judge, reads_numbers, release
 
 __all__ = [
     "OPERATOR_NAMES",
-    "REPORT",
     "find_candidates",
     "offload_report",
     "partition_for_mars",
@@ -115,7 +114,8 @@ def partition_for_mars(
     Parameters
     ----------
     mod : tvm.IRModule
-        As an importer gives it: not legalized, quantization as quantize and dequantize.
+        As an importer gives it: not legalized, quantization as quantize and dequantize. One that
+        is partitioned already is given back.
     params : mapping of str to array, optional
         Parameters of ``main`` that become constants; MARS needs its weights constant.
     mod_name : str
@@ -132,9 +132,12 @@ def partition_for_mars(
     Raises
     ------
     OptionError
-        If an option is unknown or bad.
+        If an option is unknown or bad, or the module is partitioned already with another.
     """
     options = CompileOptions.from_mapping(opts)
+    if mod.attrs and REPORT in mod.attrs:
+        _check_options(CompileOptions.from_json(str(mod.attrs[OPTIONS])), options, opts)
+        return mod
     if params:
         mod = relax.transform.BindParams("main", dict(params))(mod)
     mod = normal_form(mod)
@@ -154,7 +157,22 @@ def partition_for_mars(
     mod = name_regions(mod, mod_name, options, _host_operators(mod))
     report = _report(mod, candidates, session)
     report.log()
-    return mod.with_attr(REPORT, report.to_json())
+    return mod.with_attrs({REPORT: report.to_json(), OPTIONS: options.to_json()})
+
+
+def _check_options(used: CompileOptions, asked: CompileOptions, names: Iterable[str]) -> None:
+    for name in names:
+        have, want = getattr(used, name), getattr(asked, name)
+        if have != want:
+            raise OptionError(
+                f"the module is partitioned for {_brief(have)}, not for {_brief(want)}",
+                where=f"option {name}",
+                hint="give the module as it was before it was partitioned",
+            )
+
+
+def _brief(value: Any) -> str:
+    return value.name if isinstance(value, MarsArch) else str(value)
 
 
 def _bind_shapes(mod: tvm.IRModule) -> tvm.IRModule:
@@ -200,10 +218,9 @@ def offload_report(mod: tvm.IRModule, **opts: Any) -> OffloadReport:
     mod : tvm.IRModule
         Partitioned already, or not: then it is partitioned to see.
     **opts
-        Fields of :class:`tvm_mars.CompileOptions`, for a module that is not partitioned.
+        Fields of :class:`tvm_mars.CompileOptions`.
     """
-    if not (mod.attrs and REPORT in mod.attrs):
-        mod = partition_for_mars(mod, **opts)
+    mod = partition_for_mars(mod, **opts)
     return OffloadReport.from_json(str(mod.attrs[REPORT]))
 
 
