@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 import mars_runtime
-from mars_runtime.errors import InputError, OptionError
+from mars_runtime.errors import InputError, OptionError, ProgramError
 from python_tests.onnx_models import imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
 from tvm_mars.onnx_export import to_onnx
@@ -24,6 +24,7 @@ tomllib = pytest.importorskip("tomllib")  # CPython 3.11 has it, as has TVM with
 
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.relax.api import CompiledModel, import_model  # noqa: E402
+from tvm_mars.frontend.relax.exported import load_library  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SEED = 3
@@ -246,6 +247,26 @@ def test_library_in_a_fresh_process(
     code = LOAD if order == "runtime first" else LOAD.replace("import sys\n", "import sys, tvm\n")
     out = python(code, str(library), str(data), path=(installed,))
     assert out == "refused: input image: holds NaN\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+def test_a_damaged_library_is_an_error(compiled: CompiledModel, tmp_path: Path) -> None:
+    """Loading the part of a library that is there would end the process."""
+    whole, damaged = tmp_path / "net.so", tmp_path / "damaged.so"
+    compiled.export_library(whole)
+    data = whole.read_bytes()
+    load_library(whole)
+    for part, problem in (
+        (data[: len(data) // 2], "is truncated: .* bytes of at least"),
+        (data[:40], "is truncated: 40 bytes of at least 64"),
+        (b"", "is empty"),
+        (b"no library" * 100, "is no library"),
+    ):
+        damaged.write_bytes(part)
+        with pytest.raises(ProgramError, match=f"damaged.so: {problem}.*mars compile"):
+            load_library(damaged)
+    with pytest.raises(InputError, match=r"missing\.so: cannot be read"):
+        load_library(tmp_path / "missing.so")
 
 
 def test_the_library_holds_the_weights_once(tmp_path: Path) -> None:
