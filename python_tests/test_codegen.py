@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 import numpy as np
 import pytest
 
-from mars_runtime import PRESETS, Machine, isa, simulate
+from mars_runtime import PRESETS, Machine, MarsArch, isa, simulate
 from mars_runtime.errors import HazardError, MachineError, MemoryAccessError, PoisonError
 from mars_runtime.program import Region
-from mars_runtime.timing import CoreConfig, Load, LoadedSegment, Visit, conv_cost
+from mars_runtime.timing import CoreConfig, DecodedLoad, LoadedSegment, Visit, conv_cost
 from python_tests.small_networks import every_kind_of_layer, tiny_conv
 from tvm_mars.codegen.emitter import Emitter
 from tvm_mars.compiler import NamedGraph, build_region
+from tvm_mars.graph import Graph
+from tvm_mars.pack import PackedConv
+from tvm_mars.schedule import Load, Schedule, plan
 
 MARS = PRESETS["mars"]
 
 
+def on_one_core(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule:
+    """Schedule a one-block layer on core 0 alone, where the default shares out its rows."""
+    schedule = plan(graph, arch, packed)
+    (layer,) = schedule.layers
+    loads = [Load((load.cores[0], *[()] * (arch.cores - 1))) for load in layer.loads]
+    return attrs.evolve(schedule, layers=(attrs.evolve(layer, loads=tuple(loads), row_groups=1),))
+
+
 def tiny() -> Region:
-    return build_region(NamedGraph.of(tiny_conv()), MARS)
+    return build_region(NamedGraph.of(tiny_conv()), MARS, scheduler=on_one_core)
 
 
 def with_code(region: Region, text: str) -> Region:
@@ -114,7 +127,7 @@ APW = isa.Apw(cores=1, shift=12, wide=1, high=255, bank=1, blocks=1, height=4, w
 def cost(visits, *, sas=SAS, apw=APW, conv=None, residual=None):
     conv = conv or isa.Conv(cores=1, height=4, width=4)
     config = CoreConfig((sas, None, None, None), apw, residual)
-    return conv_cost(MARS, conv, config, Load(tuple(visits), 1, 1))
+    return conv_cost(MARS, conv, config, DecodedLoad(tuple(visits), 1, 1))
 
 
 def visit(taps=(0,), first=True, last=True):

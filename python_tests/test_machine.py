@@ -149,7 +149,7 @@ def assert_macs(timeline: Timeline, region: Region, graph: Graph, arch: MarsArch
 def assert_weights_fetched(
     region: Region, schedule: Schedule, graph: Graph, arch: MarsArch
 ) -> None:
-    """Weight bits off-chip are the stored ones, once for each time that a load is filled."""
+    """Weight bits off-chip are the stored ones, for each filling and group of cores once."""
     packed = pack(graph, arch)
     steps = scheduled_steps(graph, schedule)
     for step, entry, info in zip(steps, schedule.layers, region.layers, strict=True):
@@ -163,7 +163,8 @@ def assert_weights_fetched(
             for fetch in region.instructions[info.start : info.stop]
             if isinstance(fetch, isa.Fetch) and fetch.memory == isa.MEMORY_WEIGHT
         )
-        assert fetched * 8 == passes * one.group_sets * 256 * one.weight_bits
+        copies = passes * entry.row_groups
+        assert fetched * 8 == copies * one.group_sets * 256 * one.weight_bits
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -242,7 +243,7 @@ def test_the_networks_meet_what_they_should(first_seed):
     for name in (
         "over-64", "empty-block", "sub-kernels", "projection", "residual", "mixed-widths",
         "tie", "low", "high", "spill", "halo", "partial bank", "partial offchip", "tiles outside",
-        "loads outside", "depthwise", "grouped", "dilated", "strided", "zero-point",
+        "loads outside", "row groups", "depthwise", "grouped", "dilated", "strided", "zero-point",
         "per-channel", "raw", "overlapping-pool", "count-pad", "count-valid", "global-pool",
         "multi-input", "multi-output", "wide-input", "add", "all-zero",
     ):  # fmt: skip
@@ -259,6 +260,8 @@ def schedule_features(graph: Graph, arch: MarsArch) -> set[str]:
     for step, entry in zip(scheduled_steps(graph, schedule), schedule.layers, strict=True):
         if step.pool:
             found.add("fused pool")
+        if entry.row_groups > 1:
+            found.add("row groups")
         if any(load.splits for load in entry.loads):
             found.add(f"partial {entry.partial}")
         tiles = list(entry.tiles(graph.types[step.output]))

@@ -67,8 +67,8 @@ def test_layers_sum_to_the_whole(program: Program, profile: Profile) -> None:
 
 
 def test_cores_without_a_kernel_block_are_idle_in_that_layer() -> None:
-    """One block of 16 outputs leaves three of four cores idle, all of its layer's time."""
-    kind = MapType(16, 8, 8, 8)
+    """One block of 16 outputs, one row: three of four cores are idle, all of the layer's time."""
+    kind = MapType(16, 1, 64, 8)
     images = Input("x0", kind, kind.shape, Quantize())
     weight = np.ones((16, 16, 3, 3), np.int64)
     terms = [ConvTerm(source, weight, padding=(1, 1, 1, 1)) for source in ("x0", "conv0")]

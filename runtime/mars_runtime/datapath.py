@@ -188,7 +188,7 @@ class ConvTile:
         self.partial_at = conv.partial_base + timing.RAW_WORDS * pixels * core.number
         self.partial_words = timing.RAW_WORDS * pixels
 
-    def execute(self, load: timing.Load) -> None:
+    def execute(self, load: timing.DecodedLoad) -> None:
         """Convolve, finish and write every visit."""
         self._mark_srams(load)
         patches = self._patches(load)
@@ -215,7 +215,7 @@ class ConvTile:
             cells, _, span = self._partial_store()
             cells.busy[span] = np.maximum(cells.busy[span], self.end)
 
-    def _mark_srams(self, load: timing.Load) -> None:
+    def _mark_srams(self, load: timing.DecodedLoad) -> None:
         core, conv, start, end = self.core, self.conv, self.start, self.end
         size = block_parameter_bytes(self.apw.mode == isa.MODE_MULTIPLIER) * len(load.visits)
         for sram, at, length in (
@@ -230,7 +230,7 @@ class ConvTile:
             )
         core.slots.read(slice(conv.slot, conv.slot + load.codes), start, end, whole)
 
-    def _patches(self, load: timing.Load) -> dict[int, tuple[Array, dict[int, int]]]:
+    def _patches(self, load: timing.DecodedLoad) -> dict[int, tuple[Array, dict[int, int]]]:
         """Gather each context's input once for all visits."""
         used: dict[int, set[tuple[int, int]]] = {}
         for visit in load.visits:

@@ -99,7 +99,7 @@ class Visit:
 
 
 @attrs.frozen
-class Load:
+class DecodedLoad:
     """A decoded load descriptor with its index codes."""
 
     visits: tuple[Visit, ...]
@@ -113,7 +113,7 @@ class Load:
 
 
 @functools.lru_cache(maxsize=256)
-def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:
+def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> DecodedLoad:
     """Walk the load descriptor and index codes of an index SRAM's content.
 
     Raises
@@ -143,7 +143,7 @@ def decode_load(index: bytes, descriptor: int, codes: int, slot: int) -> Load:
             raise MachineError(f"block {segment.out_block} starts again within its visit")
         if following is None:
             segments = (descriptor - start) // isa.SEGMENT_BYTES
-            return Load(tuple(visits), segments, (codes - first_code) // isa.CODE_BYTES)
+            return DecodedLoad(tuple(visits), segments, (codes - first_code) // isa.CODE_BYTES)
 
 
 def _following(index: bytes, at: int, segment: isa.Segment) -> isa.Segment | None:
@@ -227,7 +227,7 @@ def taps_inside(sas: isa.Sas, height: int, width: int, taps: tuple[int, ...]) ->
 
 
 @functools.lru_cache(maxsize=8192)
-def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: Load) -> Cost:
+def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedLoad) -> Cost:
     """Give the cost of CONV on one core, without other cores' share of the off-chip port."""
     apw = config.output
     windows = conv.height * conv.width

@@ -21,6 +21,7 @@ class _Emitted:
     layer: int
     lanes: tuple[Lane, ...]
     waits: tuple[int, ...]
+    follows: dict[tuple[Lane, ...], int]  # by lanes, the last instruction that must be done
 
 
 class Emitter:
@@ -40,41 +41,56 @@ class Emitter:
         lanes: tuple[Lane, ...],
         reads: Iterable[Span] = (),
         writes: Iterable[Span] = (),
+        shared: Iterable[Span] = (),
     ) -> None:
-        """Append an instruction that runs on some lanes and touches some memory."""
+        """Append an instruction that runs on some lanes and touches some memory.
+
+        Within a layer each core writes words of its own and reads none that another writes, so that
+        cores do not wait for each other there, but for ``shared`` memory that is written.
+        """
         index = len(self.emitted)
-        found: dict[tuple[Lane, ...], int] = {}
-        marks = [(span, False) for span in reads] + [(span, True) for span in writes]
-        for (memory, first, end), is_write in marks:
+        marks = [(span, False, True) for span in reads] + [(span, True, True) for span in writes]
+        marks += [(span, True, False) for span in shared]
+        follows: dict[tuple[Lane, ...], int] = {}
+        for (memory, first, end), is_write, apart in marks:
             table = self._accesses.setdefault(memory, {})
             for (low, high, other, wrote), earlier in table.items():
-                if low < end and first < high and (wrote or is_write):
-                    found[other] = max(found.get(other, -1), earlier)
-        waits = []
-        for other, earlier in found.items():
-            if self._orders(other, earlier, lanes):
-                continue
-            if all(self._waited.get(lane, {}).get(other, -1) >= earlier for lane in lanes):
-                continue
-            waits.append(earlier)
-            for lane in lanes:
-                self._waited.setdefault(lane, {})[other] = earlier
-        for (memory, first, end), is_write in marks:
+                if low >= end or first >= high or not (wrote or is_write):
+                    continue
+                if apart and self._same_layer(earlier, lanes):
+                    # In its place, what it follows itself: its access may have hidden theirs.
+                    for before, last in self.emitted[earlier].follows.items():
+                        follows[before] = max(follows.get(before, -1), last)
+                else:
+                    follows[other] = max(follows.get(other, -1), earlier)
+        for (memory, first, end), is_write, _ in marks:
             table = self._accesses[memory]
             if is_write:
                 for key in [key for key in table if first <= key[0] and key[1] <= end]:
                     if table[key] != index:
                         del table[key]
             table[first, end, lanes, is_write] = index
-        self.emitted.append(_Emitted(instruction, self.layer, lanes, tuple(sorted(waits))))
+        waits = self._waits(follows, lanes)
+        self.emitted.append(_Emitted(instruction, self.layer, lanes, waits, follows))
 
-    def _orders(self, other: tuple[Lane, ...], earlier: int, lanes: tuple[Lane, ...]) -> bool:
-        """Tell whether an earlier instruction precedes one on these lanes without a token."""
-        if other == lanes and len(lanes) == 1:
-            return True  # a unit executes its queue in order
-        # Within a layer each core writes blocks of its own and reads none that another writes.
-        compute = other[0][0] == lanes[0][0] == "compute"
-        return compute and self.emitted[earlier].layer == self.layer
+    def _same_layer(self, earlier: int, lanes: tuple[Lane, ...]) -> bool:
+        entry = self.emitted[earlier]
+        return entry.layer == self.layer and entry.lanes[0][0] == lanes[0][0] == "compute"
+
+    def _waits(
+        self, follows: dict[tuple[Lane, ...], int], lanes: tuple[Lane, ...]
+    ) -> tuple[int, ...]:
+        """Give those that a token is needed for: not the own queue, nor what was waited for."""
+        waits = []
+        for other, earlier in follows.items():
+            if other == lanes and len(lanes) == 1:
+                continue  # a unit executes its queue in order
+            if all(self._waited.get(lane, {}).get(other, -1) >= earlier for lane in lanes):
+                continue
+            waits.append(earlier)
+            for lane in lanes:
+                self._waited.setdefault(lane, {})[other] = earlier
+        return tuple(sorted(waits))
 
     def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
         """Allot tokens; give the instructions and each one's layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
@@ -431,31 +432,76 @@ class _Generator:
         partial_base: int,
     ) -> None:
         load = schedule.loads[number]
-        cores = load.active
-        kind = self.types[step.output]
         sources = self._sources(step, schedule, tile, 0, None)
+        shares = list(schedule.shares(tile, self.arch.cores))
+        for share in shares:
+            cores = [core for core in share.cores if load.cores[core]]
+            if cores:
+                slack = shares[0].height - share.height
+                base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
+                self._conv_share(
+                    step,
+                    layer,
+                    schedule,
+                    tile,
+                    number,
+                    base,
+                    sources,
+                    share.first,
+                    share.height,
+                    cores,
+                )
+        if schedule.output_staged:
+            self._move_finished(step, schedule, tile, load, number)
+
+    def _row_words(self, step: Step, tile: Sequence[int]) -> int:
+        """Words of the partial sums of one written row of a tile, per core."""
+        return RAW_WORDS * math.prod(step.pooling) * tile[3]
+
+    def _conv_share(
+        self,
+        step: Step,
+        layer: Conv,
+        schedule: LayerSchedule,
+        tile: tuple[int, int, int, int],
+        number: int,
+        partial_base: int,
+        sources: Sequence[_Source],
+        first: int,
+        height: int,
+        cores: Sequence[int],
+    ) -> None:
+        """Emit what some cores do of a tile: rows from ``first`` on."""
+        load, image = schedule.loads[number], self.loads[schedule.layer][number]
+        skipped = first * step.pooling[0]
         for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False)):
+            origin = (source.origin[0] + skipped * term.stride[0], source.origin[1])
             self._sas(
                 cores,
                 context,
-                source,
+                attrs.evolve(source, origin=origin),
                 term.stride,
                 term.dilation,
                 term.kernel[1],
                 term.shift,
             )
+        kind = self.types[step.output]
         target, (y, x), out_span = self._target(step, schedule, tile, 0, kind.blocks)
-        residual = self._residual(step, layer, schedule, tile, sources)
+        residual = self._residual(step, layer, schedule, tile, sources, skipped)
         self._apw(cores, self._conv_apw(step, layer, target), residual)
         partial = schedule.partial_place or Place(0, 0)
-        image = self.loads[schedule.layer][number]
         reads: list[Span] = [source.span for source in sources]
-        writes = [out_span]
+        writes: list[Span] = [out_span]
+        shared: list[Span] = []
         if load.splits:
             memory = "offchip" if schedule.partial == "offchip" else ("bank", partial.bank)
             words = self._partial_words(step, schedule)
-            writes.append((memory, partial_base, partial_base + words))
-        for core, part in image.cores.items():
+            # Where tiles or shares differ in size, a core's partial sums lie in another's place.
+            alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
+            alike = alike and kind.width % schedule.tile[1] == 0
+            (writes if alike else shared).append((memory, partial_base, partial_base + words))
+        for core in cores:
+            part = image.cores[core]
             reads += [
                 (
                     ("sram", isa.MEMORY_INDEX, core),
@@ -475,9 +521,9 @@ class _Generator:
                 descriptor=self.index_at,
                 codes=self.index_at + image.descriptor_bytes,
                 parameters=self.parameters_at,
-                y=y,
+                y=y + first,
                 x=x,
-                height=tile[2],
+                height=height,
                 width=tile[3],
                 partial=int(load.splits and schedule.partial == "offchip"),
                 partial_bank=partial.bank if load.splits else 0,
@@ -486,9 +532,8 @@ class _Generator:
             tuple(("compute", core) for core in cores),
             reads,
             writes,
+            shared,
         )
-        if schedule.output_staged:
-            self._move_finished(step, schedule, tile, load, number)
 
     def _move_finished(
         self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load, number: int
@@ -528,6 +573,7 @@ class _Generator:
         schedule: LayerSchedule,
         tile: Sequence[int],
         sources: Sequence[_Source],
+        skipped: int,
     ) -> isa.Residual | None:
         if layer.residual is None:
             return None
@@ -542,7 +588,7 @@ class _Generator:
             width=source.width,
             wide=int(source.type.bits == 8),
             shift=layer.residual.shift,
-            y=0 if staged else tile[0] * ph,
+            y=skipped + (0 if staged else tile[0] * ph),
             x=0 if staged else tile[1] * pw,
         )
 

@@ -77,7 +77,9 @@ class _Room:
         self.pieces.append(Piece(block, start, stop, total))
 
 
-def make_loads(packed: PackedConv, arch: MarsArch, accesses: Sequence[int]) -> tuple[Load, ...]:
+def make_loads(
+    packed: PackedConv, arch: MarsArch, accesses: Sequence[int], row_groups: int = 1
+) -> tuple[Load, ...]:
     """Share out kernel blocks and cut them into loads.
 
     Blocks go, heaviest first, to the core with the least work. On a core, blocks that do not fit
@@ -88,11 +90,13 @@ def make_loads(packed: PackedConv, arch: MarsArch, accesses: Sequence[int]) -> t
     ----------
     accesses : sequence of int
         Macro accesses per group-set and pixel, for each term of the layer.
+    row_groups : int
+        Into how many groups the cores are divided, each of which holds all blocks.
     """
     weight = np.asarray(accesses)
     costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
     order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
-    work = [0] * arch.cores
+    work = [0] * (arch.cores // row_groups)
     dealt: list[list[int]] = [[] for _ in work]
     for block in order:
         core = work.index(min(work))
@@ -101,7 +105,9 @@ def make_loads(packed: PackedConv, arch: MarsArch, accesses: Sequence[int]) -> t
     filled = [_fill_core(packed, arch, blocks) for blocks in dealt]
     count = max(len(loads) for loads in filled)
     return tuple(
-        Load(tuple(tuple(loads[i].pieces) if i < len(loads) else () for loads in filled))
+        Load(
+            row_groups * tuple(tuple(loads[i].pieces) if i < len(loads) else () for loads in filled)
+        )
         for i in range(count)
     )
 

@@ -13,6 +13,7 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
+from mars_runtime.packing import group_set_bytes
 from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cycles, offchip_cycles
 
 from ..graph import Add, Conv, Graph, Layer, Pool
@@ -216,21 +217,27 @@ class _Planner:
         self.graph, self.arch, self.types = graph, arch, graph.types
         self.packed = packed
         self.left = {out.value for out in graph.outputs}
+        # For each convolution its loads by the number of row groups.
         self.loads = {
             layer.name: self._loads(layer, packed[layer.name])
             for layer in graph.layers
             if isinstance(layer, Conv)
         }
 
-    def _fill_cycles(self, layer: str, load: Load) -> int:
-        """Estimate one filling: the fixed cost and the second hop of the fullest core."""
-        most = max(load.group_sets(core) for core in load.active)
-        fill = isa.Fill(count=most, weight_bits=int(self.packed[layer].weight_bits == 8))
-        return self.arch.array_fill_cycles + fill_cycles(self.arch, fill)
+    def _load_cycles(self, layer: str, load: Load) -> int:
+        """Estimate one filling: the fixed cost, then the slower hop."""
+        packed = self.packed[layer]
+        counts = [load.group_sets(core) for core in load.active]
+        fill = isa.Fill(count=max(counts), weight_bits=int(packed.weight_bits == 8))
+        fetched = 8 * sum(counts) * group_set_bytes(packed.weight_bits)
+        hops = max(fill_cycles(self.arch, fill), offchip_cycles(self.arch, fetched))
+        return self.arch.array_fill_cycles + hops
 
-    def _loads(self, layer: Conv, packed: PackedConv) -> tuple[Load, ...]:
+    def _loads(self, layer: Conv, packed: PackedConv) -> dict[int, tuple[Load, ...]]:
         accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
-        return make_loads(packed, self.arch, accesses)
+        spare = self.arch.cores // len(packed.blocks)
+        groups = {1, max(1, min(spare, self.types[layer.name].height))}
+        return {count: make_loads(packed, self.arch, accesses, count) for count in sorted(groups)}
 
     def plan(self) -> Schedule:
         inputs = {entry.name for entry in self.graph.inputs}
@@ -359,21 +366,53 @@ class _Planner:
     def _tilings(
         self, step: Step, banks: _Banks, resident: Mapping[str, Place], place: Place | None
     ) -> Iterator[_Option]:
-        loads = self.loads.get(step.layer.name, ())
-        split = any(load.splits for load in loads)
-        modes: tuple[Literal["none", "bank", "offchip"], ...] = (
-            ("bank", "offchip") if split else ("none",)
-        )
-        for partial in modes:
-            for tile, block_tile in self._tiles(step):
-                arranged = self._arrange(
-                    step, banks, resident, place, tile, block_tile, partial == "bank"
-                )
-                if arranged is not None:
-                    yield self._option(
-                        step, loads, tile, block_tile, partial, place, arranged, resident
+        for row_groups, loads in self.loads.get(step.layer.name, {1: ()}).items():
+            for partial in _partial_modes(loads, row_groups):
+                for tile, block_tile in self._tiles(step):
+                    if tile[0] < row_groups:
+                        break
+                    arranged = self._arrange(
+                        step, banks, resident, place, tile, block_tile, partial == "bank"
                     )
+                    if arranged is None:
+                        continue
+                    schedule = LayerSchedule(
+                        step.layer.name,
+                        step.output,
+                        loads,
+                        tile,
+                        block_tile,
+                        "loads",
+                        self._input_places(step, resident, arranged),
+                        tuple(name not in resident for name in step.layer.inputs),
+                        place or arranged["output"],
+                        place is None,
+                        copy_out=place is not None and step.output in self.left,
+                        partial=partial,
+                        partial_place=arranged.get("partial"),
+                        row_groups=row_groups,
+                    )
+                    yield from self._orders(step, schedule, resident)
                     break
+
+    def _input_places(
+        self, step: Step, resident: Mapping[str, Place], arranged: Mapping[Item, Place]
+    ) -> tuple[Place, ...]:
+        # A residual that has no place of its own is moved to where the output is written.
+        return tuple(
+            resident.get(name) or arranged.get(i) or arranged["output"]
+            for i, name in enumerate(step.layer.inputs)
+        )
+
+    def _orders(
+        self, step: Step, schedule: LayerSchedule, resident: Mapping[str, Place]
+    ) -> Iterator[_Option]:
+        """Give both loop orders where they differ and are possible."""
+        if len(schedule.loads) <= 1 or schedule.partial != "bank":
+            yield _Option(self._cost(step, schedule, resident), schedule)
+        if len(schedule.loads) > 1:
+            schedule = attrs.evolve(schedule, order="tiles")
+            yield _Option(self._cost(step, schedule, resident), schedule)
 
     def _tiles(self, step: Step) -> Iterator[tuple[tuple[int, int], int]]:
         out = self.types[step.output]
@@ -414,58 +453,41 @@ class _Planner:
                 best = (conflicts, found)
         return best[1] if best else None
 
-    def _option(
-        self,
-        step: Step,
-        loads: tuple[Load, ...],
-        tile: tuple[int, int],
-        block_tile: int,
-        partial: Literal["none", "bank", "offchip"],
-        place: Place | None,
-        arranged: Mapping[Item, Place],
-        resident: Mapping[str, Place],
-    ) -> _Option:
-        arch, out = self.arch, self.types[step.output]
-        tiles = -(-out.height // tile[0]) * -(-out.width // tile[1])
-        load_cycles = sum(self._fill_cycles(step.layer.name, load) for load in loads)
-        sizes = staging_sizes(step, self.types, tile, block_tile, False, resident)
-        words_in = tiles * sum(size for item, size in sizes.items() if item != "output")
-        move_in = offchip_cycles(arch, words_in * WORD_BITS)
-        order: Literal["tiles", "loads"] = "tiles"
-        repeat_loads, repeat_moves = tiles, 1
-        if len(loads) <= 1 or (
-            partial != "bank" and load_cycles + len(loads) * move_in < tiles * load_cycles + move_in
-        ):
-            order, repeat_loads, repeat_moves = "loads", 1, max(1, len(loads))
-        cost = repeat_loads * load_cycles + repeat_moves * move_in
-        if place is None:  # it leaves, and comes back where it is used
+    def _cost(self, step: Step, schedule: LayerSchedule, resident: Mapping[str, Place]) -> int:
+        """Estimate the cycles of a step, without overlap."""
+        arch, out, loads = self.arch, self.types[step.output], schedule.loads
+        height, width = schedule.tile
+        tiles = -(-out.height // height) * -(-out.width // width)
+        by_tile = schedule.order == "tiles"
+        cost = (tiles if by_tile else 1) * sum(
+            self._load_cycles(schedule.layer, load) for load in loads
+        )
+        sizes = staging_sizes(step, self.types, schedule.tile, schedule.block_tile, False, resident)
+        words = tiles * sum(size for item, size in sizes.items() if item != "output")
+        cost += (1 if by_tile else max(1, len(loads))) * offchip_cycles(arch, words * WORD_BITS)
+        if schedule.output_staged:  # it leaves, and comes back where it is used
             cost += offchip_cycles(arch, 2 * out.words * WORD_BITS)
-        if partial == "offchip":
+        pooled = math.prod(step.pooling)
+        if schedule.partial == "offchip":
             splits = sum(not piece.last for load in loads for core in load.cores for piece in core)
-            words = 2 * RAW_WORDS * out.height * out.width * math.prod(step.pooling)
+            words = 2 * RAW_WORDS * out.height * out.width * pooled
             cost += offchip_cycles(arch, splits * words * WORD_BITS)
-        names = step.layer.inputs
-        # A residual that has no place of its own is moved to where the output is written.
-        inputs = tuple(
-            resident.get(name) or arranged.get(i) or arranged["output"]
-            for i, name in enumerate(names)
+        pixels = tiles * -(-height // schedule.row_groups) * width * pooled
+        accesses = arch.accesses(self.types[step.layer.inputs[0]].bits)
+        busiest = sum(
+            max(sum(max(1, accesses * piece.group_sets) for piece in core) for core in load.cores)
+            for load in loads
         )
-        schedule = LayerSchedule(
-            step.layer.name,
-            step.output,
-            loads,
-            tile,
-            block_tile,
-            order,
-            inputs,
-            tuple(name not in resident for name in names),
-            place or arranged["output"],
-            place is None,
-            copy_out=place is not None and step.output in self.left,
-            partial=partial,
-            partial_place=arranged.get("partial"),
-        )
-        return _Option(cost, schedule)
+        return cost + busiest * pixels
+
+
+def _partial_modes(
+    loads: Sequence[Load], row_groups: int
+) -> tuple[Literal["none", "bank", "offchip"], ...]:
+    if not any(load.splits for load in loads):
+        return ("none",)
+    # Groups would take turns at the off-chip port.
+    return ("bank", "offchip") if row_groups == 1 else ("bank",)
 
 
 def _extents(size: int) -> list[int]:

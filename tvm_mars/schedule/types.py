@@ -9,7 +9,7 @@ import attrs
 
 from mars_runtime.maps import MapType
 
-__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule"]
+__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule", "Share"]
 
 
 @attrs.frozen
@@ -70,6 +70,15 @@ class Load:
 
 
 @attrs.frozen
+class Share:
+    """Rows ``first .. first + height`` of a tile, for some cores."""
+
+    cores: tuple[int, ...]
+    first: int
+    height: int
+
+
+@attrs.frozen
 class LayerSchedule:
     """How one layer runs.
 
@@ -102,6 +111,9 @@ class LayerSchedule:
         Their place in a bank.
     fetch_chunk : int
         Group-sets per FETCH and FILL, so that the two hops overlap.
+    row_groups : int
+        Into how many groups the cores are divided; each holds the same group-sets and computes its
+        share of a tile's rows. More than one where there are fewer kernel blocks than cores.
     """
 
     layer: str
@@ -118,6 +130,7 @@ class LayerSchedule:
     partial: Literal["none", "bank", "offchip"] = "none"
     partial_place: Place | None = None
     fetch_chunk: int = 8
+    row_groups: int = 1
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
         """Yield row, column, height and width of each tile of the output map."""
@@ -130,6 +143,16 @@ class LayerSchedule:
                     min(self.tile[1], type.width - x),
                 )
 
+    def shares(self, tile: tuple[int, int, int, int], cores: int) -> Iterator[Share]:
+        """Yield what each group of cores computes of a tile; a group may be left without rows."""
+        rows = -(-tile[2] // self.row_groups)
+        size = cores // self.row_groups
+        for group in range(self.row_groups):
+            first = group * rows
+            height = min(rows, tile[2] - first)
+            if height > 0:
+                yield Share(tuple(range(group * size, (group + 1) * size)), first, height)
+
     def __str__(self) -> str:
         places = [
             f"bank{place.bank}+{place.base}{' staged' if staged else ''}"
@@ -137,10 +160,11 @@ class LayerSchedule:
         ]
         out = f"bank{self.place.bank}+{self.place.base}{' staged' if self.output_staged else ''}"
         partial = f", partial sums {self.partial}" if self.partial != "none" else ""
+        groups = f", rows in {self.row_groups} groups" if self.row_groups > 1 else ""
         fused = f" with {self.output}" if self.output != self.layer else ""
         return (
             f"{self.layer}{fused}: {len(self.loads)} loads, tile {self.tile[0]}x{self.tile[1]}, "
-            f"{self.order} outside, {' '.join(places)} -> {out}{partial}"
+            f"{self.order} outside, {' '.join(places)} -> {out}{partial}{groups}"
         )
 
 
