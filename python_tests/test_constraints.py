@@ -64,6 +64,7 @@ BROKEN = [
     (term(data=attrs.evolve(UINT8, dtype="int16")), "Maps are uint8", "int16"),
     (term(data=PER_CHANNEL), "A map has one scale", "2 scales"),
     (term(weight_scale=np.asarray([0.0])), "Scales are greater than zero", "0.0"),
+    (attrs.evolve(POOL, dtype="float32"), "Maps are uint8", "its input is float32, not codes"),
     (term(weight_dtype="int32"), "Weights are int8", "int32"),
     (term(layout="NHWC/HWIO"), "Maps are laid out NCHW", "NHWC/HWIO"),
     (attrs.evolve(QUANTIZE, dtype="float64"), "Numbers that enter are float32", "float64"),

@@ -390,8 +390,14 @@ def test_a_module_with_compiled_regions_stays_as_it_is() -> None:
 def test_rejections_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tvm_mars")
     tvm_mars.partition_for_mars(import_model(float_model()))
-    levels = [record.levelname for record in caplog.records if record.name == "tvm_mars"]
-    assert levels == ["INFO", "WARNING"]
+    records = [record for record in caplog.records if record.name == "tvm_mars"]
+    assert [record.levelname for record in records] == ["INFO", "WARNING"]
+    assert "quantize_static" in records[-1].getMessage()
+
+
+def test_a_quantized_model_is_not_told_to_be_quantized(caplog: pytest.LogCaptureFixture) -> None:
+    tvm_mars.partition_for_mars(import_model(imported_model(1)), min_macs=10**12)
+    assert "nothing was offloaded" in caplog.text and "quantize_static" not in caplog.text
 
 
 def test_unknown_options_name_the_nearest() -> None:

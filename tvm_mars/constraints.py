@@ -163,6 +163,8 @@ def map_codes_are_integers(spec: Spec) -> str | None:
     """Maps are uint8, int8, uint4 or int4 codes."""
     dtypes = [codes.dtype for codes in _map_codes(spec)]
     if isinstance(spec, MaxPoolSpec) or (isinstance(spec, ReshapeSpec) and not spec.numbers):
+        if spec.dtype.startswith("float"):
+            return f"its input is {spec.dtype}, not codes"
         dtypes.append(spec.dtype)
     quantizer = _quantizer(spec)
     if quantizer is not None:

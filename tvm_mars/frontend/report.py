@@ -10,6 +10,10 @@ import attrs
 __all__ = ["Decision", "OffloadReport"]
 
 _LOG = logging.getLogger("tvm_mars")
+_QUANTIZE = (
+    "quantize the model, for example by onnxruntime.quantization.quantize_static, "
+    "or train it quantized by tvm_mars.qat"
+)
 
 
 @attrs.frozen
@@ -51,11 +55,13 @@ class OffloadReport:
         return tuple(decision for decision in self.decisions if not decision.offloaded)
 
     def log(self) -> None:
-        """Log each rejection, and a warning if nothing was offloaded."""
+        """Log each rejection, and a warning with the remedy if nothing was offloaded."""
         for decision in self.rejected:
             _LOG.info("%s %s stays on the CPU: %s", decision.op, decision.name, decision.reason)
         if not self.offloaded:
             why = self.rejected[0].reason if self.decisions else "there is no candidate operator"
+            if self.decisions and not {"quantize", "dequantize"} & set(self.host_operators):
+                why += f"; {_QUANTIZE}"
             _LOG.warning("nothing was offloaded to MARS: %s", why)
 
     def __str__(self) -> str:
