@@ -234,6 +234,11 @@ def test_run_with_a_progress_bar_gives_the_same(
         assert np.array_equal(y["y0"], z["y0"])
 
 
+def test_run_takes_inputs_by_a_short_name(path: Path, images: Path, tmp_path: Path) -> None:
+    result = call("run", path, "-i", images, "-o", tmp_path / "y.npz")
+    assert result.exit_code == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

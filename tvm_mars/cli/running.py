@@ -27,7 +27,9 @@ CHUNK = 16
 
 @click.command("run", cls=MarsCommand)
 @click.argument("model", metavar="OUT.so|OUT.mars")
-@click.option("--inputs", "source", required=True, metavar="X.npz", help="Arrays by input name.")
+@click.option(
+    "-i", "--inputs", "source", required=True, metavar="X.npz", help="Arrays by input name."
+)
 @click.option(
     "-o", "--output", required=True, metavar="Y.npz", help="File to write: arrays by output name."
 )
