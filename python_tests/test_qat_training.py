@@ -474,3 +474,37 @@ def test_statistics_are_those_of_all_ranks(tmp_path):
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+# -- verification ----------------------------------------------------------------------------------
+
+
+def test_all_engines_agree_at_every_boundary(data, runs):
+    pytest.importorskip("onnxruntime")
+    from tvm_mars.qat.verify import verify
+
+    Trainer(everything("agree"), *data, runs).run()
+    network = load_run(runs / "agree")
+    report = verify(network, data[1], batch=8)
+    assert report.images == 16 and len(report.differing) == 4
+    shapes = [kind.shape for name, kind in to_graph(network).types.items() if name != "x0"]
+    assert report.codes == 16 * sum(int(np.prod(shape)) for shape in shapes)
+    assert not any(report.differing.values())
+    assert len(set(report.right.values())) == 1 and "differing codes: none" in str(report)
+    wrong = verify(_one_code_off(network), data[1].first(4))
+    assert wrong.differing["MARS"] == wrong.differing["PyTorch, integers"] == {"conv2": 1}
+
+
+def _one_code_off(network):
+    """A network whose integers no longer are what it computes."""
+
+    class Off(MarsNetwork):
+        def evaluate_values(self, *images):
+            values = super().evaluate_values(*images)
+            name = self.layers[3].name
+            values[name] = values[name].clone()
+            values[name][0, 0, 0, 0] += 2.0**-8  # and nothing reads it: later layers are done
+            return values
+
+    network.__class__ = Off
+    return network

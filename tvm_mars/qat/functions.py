@@ -7,7 +7,15 @@ outside its range.
 computes is ``conv(x, W-)``, ``W-`` from eq. 7 and 8 with the statistics of ``conv(x, W^)``, so two
 convolutions; its gradient is that of an ordinary batch normalization behind ``conv``, which takes
 one convolution backward each to the input and to the weights. Through the input it goes by the
-quantized weights, as they are what the deployed network has.
+quantized weights, as they are what the deployed network has. So a step takes four convolutions
+where one without quantization takes three.
+
+The second convolution forward is done without where its result is known: in evaluation mode, once
+the statistics are frozen, and without a normalization. While they follow the batch it is needed:
+the variance of ``conv(x, W^)`` asks for the covariance of all inputs of a kernel, which costs more
+than the convolution itself wherever a kernel has more inputs than the layer has kernels (as many
+operations in a square 1x1 layer, nine times as many in a square 3x3 one), and neither from
+``conv(x, W-) / gamma`` nor from part of the batch does it come out the same.
 
 Source: Sie et al., TCAD 2022, eq. 5 to 8. DoReFa-Net: Zhou et al., arXiv 1606.06160.
 """
