@@ -31,8 +31,7 @@ def main() -> int:
         import sklearn  # noqa: F401
     except ModuleNotFoundError as missing:
         print(
-            f"error: the demo needs {missing.name}: run `make demo`, or "
-            "`pip install '.[demo]'`",
+            f"error: the demo needs {missing.name}: run `make demo`, or `pip install '.[demo]'`",
             file=sys.stderr,
         )
         return 1
