@@ -263,12 +263,31 @@ def test_statistics_are_those_of_the_normalized_weights():
 
 def test_frozen_statistics_stay():
     network = trained(MODELS["conv bn relu"]()).train()
-    network.freeze_statistics()
+    kept = network.eval()(images())
+    network.train().freeze_statistics()
+    assert torch.equal(network.eval()(images()), kept)
     before = copy.deepcopy(network.state_dict())
-    network(images()).sum().backward()
+    network.train()(images()).sum().backward()
     after = network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_frozen_scales_do_not_follow_the_largest_weight():
+    """Neither behind frozen statistics nor without a normalization."""
+    network = trained(nn.Sequential(*conv_norm(3, 16), nn.ReLU(), nn.Conv2d(16, 8, 1)))
+    network.freeze_statistics()
+    before = [weight.clone() for layer in network.sums() for weight in layer.codes()[0]]
+    with torch.no_grad():
+        for term in network.terms():
+            largest = term.weight.abs().argmax()
+            term.weight.view(-1)[largest] *= 2
+    after = [weight for layer in network.sums() for weight in layer.codes()[0]]
+    for one, other in zip(before, after, strict=True):
+        assert 1 <= (one != other).sum() <= 2
+    assert_same_codes(network)
+    network.freeze_statistics(False)
+    assert (network.sums()[0].codes()[0][0] != after[0]).sum() > 20
 
 
 # -- equal codes -----------------------------------------------------------------------------------

@@ -99,10 +99,16 @@ def dorefa_activation(a: Tensor, bits: int) -> Tensor:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def normalize_weight(weight: Tensor, group: int) -> Tensor:
-    """Eq. 6: tanh over its largest magnitude in each ``group`` of kernels; a zero stays zero."""
+def normalize_weight(weight: Tensor, group: int, peak: Tensor | None = None) -> Tensor:
+    """Eq. 6: tanh over its largest magnitude in each ``group`` of kernels; a zero stays zero.
+
+    Parameters
+    ----------
+    peak : Tensor ``[O]``
+        Another denominator for each kernel.
+    """
     bounded = torch.tanh(weight)
-    return bounded / per_kernel(group_peak(bounded, group), weight)
+    return bounded / per_kernel(group_peak(bounded, group) if peak is None else peak, weight)
 
 
 def per_kernel(values: Tensor, weight: Tensor) -> Tensor:
@@ -124,8 +130,8 @@ def _kernel_axes(weight: Tensor) -> list[int]:
 
 
 def _pass_unclamped(gradient: Tensor, normalized: Tensor, scale: Tensor) -> Tensor:
-    """Zero the gradient where eq. 7 clamps; as ``|W^| <= 1``, only a scale above 1 can make it."""
-    if not bool((scale.abs() > 1).any()):
+    """Zero the gradient where eq. 7 clamps, which few kernels come to."""
+    if not bool((scale.abs() * normalized.abs().amax(_kernel_axes(normalized)) > 1).any()):
         return gradient
     return gradient * ((normalized * per_kernel(scale, normalized)).abs() <= 1)
 

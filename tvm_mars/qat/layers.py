@@ -82,6 +82,7 @@ class Term(nn.Module):
     bias: nn.Parameter | None
     mask: Tensor
     spans: Tensor
+    kept_peak: Tensor
 
     def __init__(
         self,
@@ -118,6 +119,8 @@ class Term(nn.Module):
         mask = torch.ones(self.group_set_shape(), dtype=torch.bool, device=weight.device)
         self.register_buffer("mask", mask)
         self.register_buffer("spans", weight.new_ones(2))
+        # What stands for the largest magnitude of eq. 6 while no batch's statistics cancel it.
+        self.register_buffer("kept_peak", peak if self.gamma is not None else peak * 0)
         self.frozen = False
 
     def extra_repr(self) -> str:
@@ -180,7 +183,22 @@ class Term(nn.Module):
 
     def normalized(self) -> Tensor:
         """``W^`` of eq. 6."""
-        return normalize_weight(self.masked_weight(), self.group)
+        peak = self.kept_peak if bool(self.kept_peak.any()) else None
+        return normalize_weight(self.masked_weight(), self.group, peak)
+
+    @torch.no_grad()
+    def freeze(self, frozen: bool) -> None:
+        """Keep the moving averages, or follow the batch again.
+
+        While they follow it, the denominator of eq. 6 cancels. Kept statistics would turn each step
+        of the largest weight into a new scale of 16 kernels, so the denominator is kept with them,
+        and always without a normalization. That is eq. 6 with a gamma that takes up the difference.
+        """
+        if self.norm is not None and frozen and not bool(self.kept_peak.any()):
+            self.kept_peak.copy_(group_peak(torch.tanh(self.masked_weight()), self.group))
+        elif self.norm is not None and self.frozen and not frozen:
+            self.kept_peak.zero_()
+        self.frozen = frozen
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Gamma and beta of this layer's maps in 0..1."""

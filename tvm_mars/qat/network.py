@@ -81,7 +81,7 @@ class MarsNetwork(nn.Module):
     def freeze_statistics(self, frozen: bool = True) -> None:
         """Keep the moving averages of the normalizations as they are, and fold by them."""
         for term in self.terms():
-            term.frozen = frozen
+            term.freeze(frozen)
 
 
 def _last_readers(layers: Sequence[Layer], outputs: Sequence[str]) -> list[list[str]]:

@@ -395,7 +395,7 @@ class Trainer:
 
 
 class _Average:
-    """Exponential moving average of all floating tensors of a network, as flat values."""
+    """Exponential moving average of parameters and of moving averages; other state is copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -410,8 +410,9 @@ class _Average:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after a step; early steps weigh more."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
+        averaged = {key for key, _ in model.named_parameters()}
         for key, value in model.state_dict().items():
-            if value.is_floating_point():
+            if key in averaged or key.endswith(("running_mean", "running_var")):
                 self.values[key].lerp_(value, share)
             else:
                 self.values[key].copy_(value)
