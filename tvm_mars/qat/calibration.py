@@ -2,7 +2,8 @@
 
 Eq. 5 stores 0..1, a trained network's maps reach further. Each map is therefore divided by a
 constant, which goes into gamma and beta of the layer that gives it; the next normalization undoes
-it. Maps that meet in an addition, or that a pool passes on, share their constant.
+it. Maps that meet in an addition, or that a pool passes on, share their constant. A result that
+leaves unquantized is multiplied by its constant again, a power of two.
 """
 
 # torch is not there when types are checked, so its classes are Any.
@@ -11,6 +12,7 @@ it. Maps that meet in an addition, or that a pool passes on, share their constan
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,6 +26,7 @@ __all__ = ["calibrate"]
 
 CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
 SAMPLES = 100_000
+ROOM = 1.5  # for the growth of a last layer's weights
 
 
 @torch.no_grad()
@@ -44,11 +47,13 @@ def calibrate(network: MarsNetwork, images: Tensor) -> None:
         given = [ranges[name] for name in layer.inputs]
         for term, before in zip(layer.terms, given, strict=False):
             _rescale(term, before, ranges[layer.name])
+        if layer.bits is None:
+            layer.result_scale *= ranges[layer.name]
     _take_statistics(network, images)
 
 
 def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
-    """Give each value's constant; of a result that leaves unquantized, the least possible."""
+    """Give each value's constant."""
     samples = _real_samples(network, images)
     chains = _Chains(network)
     ranges: dict[str, float] = {}
@@ -64,13 +69,13 @@ def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
 
 
 def _result_range(layer: Sum, given: list[float]) -> float:
-    """Give the least constant that keeps the weights of a last layer below 1."""
+    """Give the power of two that brings the weights of a last layer below 1, with some room."""
     peaks = [
         float(term.affine()[0].abs().max()) * before
         for term, before in zip(layer.terms, given, strict=False)
         if term.gamma is not None
     ]
-    return max(1.0, *peaks) if peaks else 1.0
+    return 2.0 ** math.ceil(math.log2(ROOM * max(peaks))) if peaks and max(peaks) > 0 else 1.0
 
 
 def _real_samples(network: MarsNetwork, images: Tensor) -> dict[str, Tensor]:

@@ -178,10 +178,12 @@ class _Lowering:
         value = self.names[name]
         kind = self.types[value]
         made = next(layer for layer in network.layers if layer.name == name)
-        exponent = made.grid if isinstance(made, Sum) and made.bits is None else kind.bits
+        scale = 2.0**-kind.bits
+        if isinstance(made, Sum) and made.bits is None:
+            scale = float(made.result_scale) * 2.0**-made.grid
         dense = isinstance(made, Sum) and made.terms[0].geometry is None
         shape = (kind.channels * kind.height * kind.width,) if flat or dense else kind.shape
-        return ir.Output(value, shape, Dequantize(scale=(2.0**-exponent,)))
+        return ir.Output(value, shape, Dequantize(scale=(scale,)))
 
 
 class IntegerNetwork(nn.Module):

@@ -274,7 +274,14 @@ class Sum(Layer):
         Width of the resulting codes; None where the accumulators themselves leave.
     grid : int
         The accumulators lie on multiples of ``2**-grid``.
+
+    Attributes
+    ----------
+    result_scale : Tensor
+        A power of two by which accumulators that leave are multiplied.
     """
+
+    result_scale: Tensor
 
     def __init__(
         self,
@@ -289,6 +296,7 @@ class Sum(Layer):
         super().__init__(name, inputs)
         self.terms = nn.ModuleList(terms)
         self.method, self.bits, self.grid = method, bits, grid
+        self.register_buffer("result_scale", torch.ones(()))
 
     @property
     def residual(self) -> str | None:
@@ -299,7 +307,7 @@ class Sum(Layer):
         """Give the quantized sum."""
         total = self.accumulate(*values)
         if self.bits is None:
-            return total
+            return total * self.result_scale
         if self.method == "float":
             return functional.relu(total)
         if self.method == "dorefa":
