@@ -172,15 +172,15 @@ def main() -> None:
     tried = refused = 0
     for name, data in cases:
         tried += 1
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             attempt(data)
         except MarsError:
             refused += 1
         except BaseException as error:
             print(f"{name}: {type(error).__name__}: {error}"[:300])
-        if time.perf_counter() - start > SECONDS:
-            print(f"{name}: took {time.perf_counter() - start:.1f} s")
+        if time.process_time() - start > SECONDS:
+            print(f"{name}: took {time.process_time() - start:.1f} s")
     print(f"tried {tried} refused {refused}")
 
 

@@ -82,10 +82,10 @@ def test_empty_and_large_batches(data, monkeypatch):
 
 
 def refused(data: bytes | memoryview) -> ProgramError:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ProgramError) as caught:
         Program.from_bytes(data)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1  # of this process: others may be busy
     return caught.value
 
 

@@ -35,13 +35,12 @@ def _requantize(apw: isa.Apw, scaled: Array, count: Array) -> Array:
     return np.asarray(np.clip(code, apw.low, apw.high))
 
 
-def _write_tile(
-    memory: ChipMemory, apw: isa.Apw, at: Any, blocks: Array, codes: Array, start: int, end: int
-) -> None:
-    """Write codes ``[N, block, row, column, 16]`` as POOL and ADD do."""
+def _target(memory: ChipMemory, apw: isa.Apw, at: isa.Pool | isa.Add, blocks: Array) -> _MapView:
+    """Give the map that POOL or ADD writes, the tile in it checked before anything is computed."""
     view = _MapView(memory, apw)
-    for i, block in enumerate(blocks):
-        view.write(int(block), at.y, at.x, codes[:, i], start, end)
+    for block in blocks:
+        view.check_tile(int(block), slice(at.y, at.y + at.height), slice(at.x, at.x + at.width))
+    return view
 
 
 class _MapView:
@@ -185,11 +184,19 @@ class ConvTile:
         pixels = self.tile[0] * self.tile[1]
         if pixels > _MOST_PIXELS:
             raise MachineError(f"computes a tile of {pixels} pixels at once")
+        self.rows = slice(conv.y, conv.y + conv.height)
+        self.columns = slice(conv.x, conv.x + conv.width)
+        words = timing.RAW_WORDS if self.apw.mode == isa.MODE_RAW else None
+        if words and self.tile != (conv.height, conv.width):
+            raise MachineError("pools accumulators")
+        self.out = _MapView(memory, self.apw, words)
         self.partial_at = conv.partial_base + timing.RAW_WORDS * pixels * core.number
         self.partial_words = timing.RAW_WORDS * pixels
 
     def execute(self, load: timing.DecodedLoad) -> None:
         """Convolve, finish and write every visit."""
+        for visit in load.visits:  # before anything is computed for it
+            self.out.check_tile(visit.block, self.rows, self.columns)
         self._mark_srams(load)
         patches = self._patches(load)
         parameters = self.conv.parameters
@@ -299,13 +306,7 @@ class ConvTile:
         data[:, span] = flat.reshape(self.images, -1, WORD_BYTES)
 
     def _finish(self, block: int, acc: Array, multiplier: Array, shift: Array) -> None:
-        conv, apw = self.conv, self.apw
-        rows = slice(conv.y, conv.y + conv.height)
-        columns = slice(conv.x, conv.x + conv.width)
-        words = timing.RAW_WORDS if apw.mode == isa.MODE_RAW else None
-        if words and self.tile != (conv.height, conv.width):
-            raise MachineError("pools accumulators")
-        view = _MapView(self.memory, apw, words)
+        apw, view, rows, columns = self.apw, self.out, self.rows, self.columns
         place = (slice(None), view.check_tile(block, rows, columns), rows, columns)
         residual = self.core.config.residual
         if residual:
@@ -375,7 +376,7 @@ def pool_tile(
 ) -> None:
     """Execute POOL on the blocks that a core is dealt."""
     sas, apw = core.config.context(0), core.config.output
-    source = _MapView(memory, sas)
+    target, source = _target(memory, apw, pool, blocks), _MapView(memory, sas)
     average = pool.mode == isa.POOL_AVERAGE
     size = (pool.kernel_height, pool.kernel_width)
     patch, inside = source.window(
@@ -402,7 +403,8 @@ def pool_tile(
         best = _requantize(apw, best * pool.multiplier, count)
     elif best.min(initial=0) < 0:
         raise MachineError("pools a window that lies wholly outside the map")
-    _write_tile(memory, apw, pool, blocks, best, start, end)
+    for i, block in enumerate(blocks):
+        target.write(int(block), pool.y, pool.x, best[:, i], start, end)
 
 
 def add_tile(
@@ -410,6 +412,7 @@ def add_tile(
 ) -> None:
     """Execute ADD on the blocks that a core is dealt."""
     apw = core.config.output
+    target = _target(memory, apw, add, blocks)
     total = np.zeros(1, np.int64)
     for number, multiplier in ((0, add.multiplier_a), (1, add.multiplier_b)):
         if number > add.operands:
@@ -422,4 +425,5 @@ def add_tile(
         columns = _steps(0, add.width, sas.stride_x)
         total = total + (patch[:, :, rows, columns].astype(np.int64) - sas.zero) * multiplier
     codes = _requantize(apw, total * add.multiplier, np.ones(1, np.int64))
-    _write_tile(memory, apw, add, blocks, codes, start, end)
+    for i, block in enumerate(blocks):
+        target.write(int(block), add.y, add.x, codes[:, i], start, end)
