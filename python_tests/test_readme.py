@@ -26,6 +26,8 @@ def test_block_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if "import torch" in BLOCKS[number]:
+        pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     onnx.save(to_onnx(load_digits()), "net.onnx")
     names: dict[str, Any] = {"images": np.zeros((2, 1, 16, 16), np.float32)}

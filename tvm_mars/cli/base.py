@@ -78,7 +78,7 @@ def _note_debug(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -
 # -- the architecture ------------------------------------------------------------------------------
 
 
-def _assignments(
+def assignments(
     _ctx: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
 ) -> dict[str, str]:
     changes = {}
@@ -95,7 +95,7 @@ _set_option = click.option(
     "changes",
     metavar="FIELD=VALUE",
     multiple=True,
-    callback=_assignments,
+    callback=assignments,
     help="Change a field of the machine; may be repeated. `mars arch` lists the fields.",
 )
 

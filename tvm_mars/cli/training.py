@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from .base import MarsCommand, _assignments
+from .base import MarsCommand, assignments
 
 __all__ = ["train_command"]
 
@@ -33,7 +33,7 @@ INTERRUPTED = 130
     "changes",
     metavar="KEY=VALUE",
     multiple=True,
-    callback=_assignments,
+    callback=assignments,
     help="Change the recipe, as in training.epochs=2; may be repeated.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.")
