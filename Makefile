@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TRAIN  := $(VENV)/.train
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-train lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -22,6 +23,14 @@ demo: $(READY)  ## Compile a trained network for MARS, run it on the simulated c
 
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+$(TRAIN): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,train,tensorboard]"
+	@touch $@
+
+test-train: $(TRAIN)  ## Run the tests of training, with PyTorch installed beside
+	$(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
+	  python_tests/test_relax_torch.py python_tests/test_readme.py
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
