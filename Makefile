@@ -29,7 +29,7 @@ $(TRAIN): $(READY)
 	@touch $@
 
 test-train: $(TRAIN)  ## Run the tests of training, with PyTorch installed beside
-	$(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
 	  python_tests/test_relax_torch.py python_tests/test_readme.py
 
 lint: $(READY)  ## Check style and types
