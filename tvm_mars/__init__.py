@@ -4,7 +4,8 @@ Importing this package stays quick and needs no TVM. What it adds to TVM (the ch
 generator ``relax.ext.mars``, the pipeline and the target tag ``mars``) is registered when both are
 there: at ``import tvm_mars`` if TVM has been imported, at ``import tvm`` through TVM's entry point
 group ``tvm.backends`` (which an installation of this package fills), and at the latest when one of
-the functions below that need TVM is first used.
+the functions below that need TVM is first used. They work on the IR that the installed TVM has:
+Relay where it is there (``relay.ext.mars``), else Relax.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ __all__ = [
 _HOMES = {
     "CompileOptions": ".options",
     "MarsArch": "mars_runtime.arch",
-    "CompiledModel": ".frontend.relax",
-    "compile": ".frontend.relax",
-    "offload_report": ".frontend.relax",
-    "partition_for_mars": ".frontend.relax",
     "supported_ops": ".constraints",
 }
+_OF_THE_IR = ("CompiledModel", "compile", "offload_report", "partition_for_mars")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_THE_IR:
+        from .frontend import adapter
+
+        return getattr(adapter(), name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name], __name__), name)
@@ -51,5 +53,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "tvm.relax" in sys.modules:
-    importlib.import_module(".frontend.relax", __name__)
+if "tvm.relay" in sys.modules or "tvm.relax" in sys.modules:
+    importlib.import_module(".frontend", __name__).adapter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -65,6 +65,23 @@ class CompileOptions:
             values[name] = _READERS[name](name, value)
         return cls(**values)
 
+    def require_same(self, asked: CompileOptions, names: Iterable[str]) -> None:
+        """Check that what these options made serves others as well.
+
+        Raises
+        ------
+        OptionError
+            If one of ``names`` differs.
+        """
+        for name in names:
+            have, want = getattr(self, name), getattr(asked, name)
+            if have != want:
+                raise OptionError(
+                    f"the module is partitioned for {_brief(have)}, not for {_brief(want)}",
+                    where=f"option {name}",
+                    hint="give the module as it was before it was partitioned",
+                )
+
     def to_json(self) -> str:
         """Give the options as text that :meth:`from_json` reads."""
         return json.dumps(attrs.asdict(self), sort_keys=True)
@@ -73,6 +90,10 @@ class CompileOptions:
     def from_json(cls, text: str) -> CompileOptions:
         """Read what :meth:`to_json` wrote."""
         return cls.from_mapping(json.loads(text))
+
+
+def _brief(value: Any) -> str:
+    return value.name if isinstance(value, MarsArch) else str(value)
 
 
 def _read_arch(name: str, value: Any) -> MarsArch:

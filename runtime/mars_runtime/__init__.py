@@ -50,7 +50,7 @@ __all__ = [
     "simulate",
 ]
 
-if "tvm_ffi" in sys.modules:
+if "tvm_ffi" in sys.modules or hasattr(sys.modules.get("tvm"), "register_func"):
     from .tvm_bridge import register
 
     register()

@@ -4,9 +4,9 @@
 text)`` loads one, ``mars.runtime.run(digest, region, count, inputs..., outputs...)`` runs a region.
 :func:`register` makes them known to TVM, and the errors of MARS to its error handling.
 
-Registration happens when both sides are there: at ``import mars_runtime`` if ``tvm_ffi`` has been
-imported, else at ``import tvm`` through the entry point group ``tvm.backends``. So neither imports
-the other.
+Registration happens when both sides are there: at ``import mars_runtime`` if TVM has been imported,
+else at ``import tvm`` through the entry point group ``tvm.backends``. So neither imports the other.
+A TVM with Relay has no such group: there ``import tvm`` comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from . import errors
@@ -66,11 +67,21 @@ def run(digest: str, region: int, count: int, *tensors: Any) -> int:
 
 def register() -> None:
     """Register the functions and errors with TVM; a second call does nothing."""
-    import tvm_ffi
-
-    if tvm_ffi.get_global_func("mars.runtime.run", allow_missing=True) is not None:
+    find, register_function, register_error = _registries()
+    if find("mars.runtime.run", allow_missing=True) is not None:
         return
     for name in errors.__all__:
-        tvm_ffi.register_error(name, getattr(errors, name))
+        register_error(name, getattr(errors, name))
     for function in (knows, load, run):
-        tvm_ffi.register_global_func(f"mars.runtime.{function.__name__}", function)
+        register_function(f"mars.runtime.{function.__name__}", function)
+
+
+def _registries() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Give TVM's functions that find a global function, register one, and register an error."""
+    try:
+        import tvm_ffi
+    except ModuleNotFoundError:  # the releases with Relay have no package of that name
+        import tvm
+
+        return tvm.get_global_func, tvm.register_func, tvm.error.register_error
+    return tvm_ffi.get_global_func, tvm_ffi.register_global_func, tvm_ffi.register_error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 import time
@@ -19,9 +18,11 @@ import tvm
 from tvm import relax
 from tvm.support import cc
 
-from mars_runtime.errors import InputError, OptionError, UnsupportedError
+from mars_runtime.errors import OptionError, UnsupportedError
 from mars_runtime.program import Program
 
+from ..onnx_file import read_onnx
+from ..ports import InputSpec, in_order
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
 from .description import describe
@@ -31,15 +32,6 @@ from .partition import OPERATOR_NAMES, find_candidates, offload_report, partitio
 from .regions import INPUT_NAMES, OUTPUT_NAMES
 
 __all__ = ["CompiledModel", "InputSpec", "compile", "import_model"]
-
-
-@attrs.frozen
-class InputSpec:
-    """A model input; None in ``shape`` is a size that each call chooses."""
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: str
 
 
 @attrs.frozen(eq=False)
@@ -79,33 +71,8 @@ class CompiledModel:
         InputError
             If an array is missing or unknown, of another shape or dtype, or holds NaN.
         """
-        unknown = sorted(set(inputs) - set(self.input_names))
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self.input_names, 3, 0.0)
-            raise InputError(
-                "no such input", where=f"input {unknown[0]}", hint=f"did you mean {near[0]}?"
-            )
-        results = self(*(self._checked(entry, inputs) for entry in self.inputs))
+        results = self(*in_order(self.inputs, inputs))
         return dict(zip(self.output_names, results, strict=True))
-
-    def _checked(self, entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArray[Any]:
-        where = f"input {entry.name}"
-        if entry.name not in inputs:
-            raise InputError(f"missing; given are {sorted(inputs)}", where=where)
-        array = np.asarray(inputs[entry.name])
-        same = len(array.shape) == len(entry.shape) and all(
-            want in (None, have) for want, have in zip(entry.shape, array.shape, strict=True)
-        )
-        if not same:
-            wanted = ", ".join("N" if size is None else str(size) for size in entry.shape)
-            raise InputError(f"shape {array.shape}, expected ({wanted})", where=where)
-        if str(array.dtype) != entry.dtype:
-            raise InputError(
-                f"dtype {array.dtype}, expected {entry.dtype}",
-                where=where,
-                hint=f"convert it with .astype('{entry.dtype}')",
-            )
-        return array
 
     def __call__(self, *arrays: npt.ArrayLike) -> tuple[npt.NDArray[Any], ...]:
         """Run the model on arrays in the order of its inputs."""
@@ -213,7 +180,7 @@ def import_model(source: Any) -> tvm.IRModule:
     if isinstance(source, tvm.IRModule):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _import_onnx(_read_onnx(Path(source)))
+        return _import_onnx(read_onnx(Path(source)))
     module = type(source).__module__
     if module.startswith("onnx"):
         return _import_onnx(source)
@@ -226,21 +193,6 @@ def import_model(source: Any) -> tvm.IRModule:
         where="model",
         hint="give an .onnx file, an onnx.ModelProto, an IRModule or an ExportedProgram",
     )
-
-
-def _read_onnx(path: Path) -> Any:
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.load(path)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except DecodeError as error:
-        raise InputError(f"is no ONNX model: {error}", where=str(path)) from None
-    if not model.graph.node:  # as an empty file reads
-        raise InputError("is no ONNX model: it holds no operator", where=str(path))
-    return model
 
 
 # TVM's importer converts operator by operator, and each refuses in its own way.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-import attrs
 import tvm
 from tvm import relax
 from tvm.relax.backend.pattern_registry import get_patterns_with_prefix, register_patterns
 from tvm.relax.backend.utils import has_leaking_intermediate_variables
 
 from mars_runtime.arch import MarsArch
-from mars_runtime.errors import OptionError, UnsupportedError
+from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import check, lower
 from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match, parse
 from ..report import Decision, OffloadReport
+from ..session import Session, sums_maps
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import operator, origin, rebuild, recall, to_dpl, tree
 from .normal_form import normal_form
@@ -41,27 +41,12 @@ REPORT = "mars.report"
 _LOG = logging.getLogger("tvm_mars")
 
 
-@attrs.define
-class _Session:
-    """What the checks of one partitioning share: the machine, and why they said no."""
-
-    arch: MarsArch
-    reasons: dict[str, str] = attrs.field(factory=dict)
-
-    def reject(self, node: Node, reason: str) -> None:
-        """Note the first reason for each candidate of a chain."""
-        if node.op in CANDIDATES:
-            self.reasons.setdefault(node.name, reason)
-        for arg in node.args:
-            self.reject(arg, reason)
-
-
-_SESSION: ContextVar[_Session | None] = ContextVar("mars_partition", default=None)
+_SESSION: ContextVar[Session | None] = ContextVar("mars_partition", default=None)
 
 
 @contextlib.contextmanager
-def _session(arch: MarsArch) -> Iterator[_Session]:
-    session = _Session(arch)
+def _session(arch: MarsArch) -> Iterator[Session]:
+    session = Session(arch)
     token = _SESSION.set(session)
     try:
         yield session
@@ -81,7 +66,7 @@ def register_chains() -> None:
 
 def _accepts(entry: Composite) -> Callable[[Any], bool]:
     def accepts(context: Any) -> bool:
-        session = _SESSION.get() or _Session(CompileOptions().arch)
+        session = _SESSION.get() or Session(CompileOptions().arch)
         bindings = dict(context.matched_bindings.items())
         node = tree(context.matched_expr, bindings)
         if match(entry.pattern, node) is None:  # a wildcard of TVM's also takes a constant
@@ -136,7 +121,7 @@ def partition_for_mars(
     """
     options = CompileOptions.from_mapping(opts)
     if mod.attrs and REPORT in mod.attrs:
-        _check_options(CompileOptions.from_json(str(mod.attrs[OPTIONS])), options, opts)
+        CompileOptions.from_json(str(mod.attrs[OPTIONS])).require_same(options, opts)
         return mod
     if params:
         mod = relax.transform.BindParams("main", dict(params))(mod)
@@ -158,21 +143,6 @@ def partition_for_mars(
     report = _report(mod, candidates, session)
     report.log()
     return mod.with_attrs({REPORT: report.to_json(), OPTIONS: options.to_json()})
-
-
-def _check_options(used: CompileOptions, asked: CompileOptions, names: Iterable[str]) -> None:
-    for name in names:
-        have, want = getattr(used, name), getattr(asked, name)
-        if have != want:
-            raise OptionError(
-                f"the module is partitioned for {_brief(have)}, not for {_brief(want)}",
-                where=f"option {name}",
-                hint="give the module as it was before it was partitioned",
-            )
-
-
-def _brief(value: Any) -> str:
-    return value.name if isinstance(value, MarsArch) else str(value)
 
 
 def _bind_shapes(mod: tvm.IRModule) -> tvm.IRModule:
@@ -233,22 +203,12 @@ def find_candidates(mod: tvm.IRModule) -> dict[str, Node]:
             if operator(binding.value) not in CANDIDATES:
                 continue
             node = tree(binding.value, bound, name=binding.var.name, depth=3)
-            if node.op != "add" or _sums_maps(node):
+            if node.op != "add" or sums_maps(node):
                 found.setdefault(node.name, node)
     return found
 
 
-def _sums_maps(node: Node) -> bool:
-    """Whether an addition is none of a bias."""
-    for arg in node.args:
-        while arg.op in ("reshape", "dequantize"):
-            arg = arg.args[0]
-        if arg.op == "const":
-            return False
-    return True
-
-
-def _report(mod: tvm.IRModule, candidates: Mapping[str, Node], session: _Session) -> OffloadReport:
+def _report(mod: tvm.IRModule, candidates: Mapping[str, Node], session: Session) -> OffloadReport:
     left = set()
     names: dict[str, Any] = {}
     for _, func in model_functions(mod):
@@ -298,7 +258,7 @@ def _unreadable(mod: tvm.IRModule) -> str:
     return ""
 
 
-def _giving_back(why: str, session: _Session) -> Judge:
+def _giving_back(why: str, session: Session) -> Judge:
     def judge(func: relax.Function, sources: list[relax.Function | None]) -> bool:
         for binding in all_bindings(func):
             session.reasons[origin(binding.value)] = f"TVM cannot merge regions beside: {why}"
@@ -307,7 +267,7 @@ def _giving_back(why: str, session: _Session) -> Judge:
     return judge
 
 
-def _unworthy(options: CompileOptions, session: _Session) -> Judge:
+def _unworthy(options: CompileOptions, session: Session) -> Judge:
     def judge(func: relax.Function, sources: list[relax.Function | None]) -> bool:
         if not is_region(func):
             return False
@@ -329,7 +289,7 @@ def _unworthy(options: CompileOptions, session: _Session) -> Judge:
     return judge
 
 
-def _note(region: relax.Function, session: _Session, reason: str) -> None:
+def _note(region: relax.Function, session: Session, reason: str) -> None:
     """Give a reason to the candidates of a region."""
     for binding in all_bindings(region):
         if not isinstance(binding.value, relax.Function):

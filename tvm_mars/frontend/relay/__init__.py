@@ -1,0 +1,43 @@
+"""The Relay frontend: what ``import tvm_mars`` registers with a TVM that has Relay.
+
+Registered are the pattern table ``mars``, the code generator ``relay.ext.mars`` and the target tag
+``mars``.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm.relay.op.contrib.register import register_pattern_table
+from tvm.target.tag import register_tag
+
+from mars_runtime import tvm_bridge
+
+from .api import CompiledModel, compile
+from .codegen import codegen, constant_updater, host_target
+from .partition import offload_report, partition_for_mars, pattern_table
+from .regions import read_region
+
+__all__ = [
+    "CompiledModel",
+    "compile",
+    "offload_report",
+    "partition_for_mars",
+    "pattern_table",
+    "read_region",
+    "register",
+]
+
+
+def register() -> None:
+    """Register with TVM, once."""
+    if tvm.get_global_func("relay.ext.mars", allow_missing=True) is not None:
+        return
+    tvm.register_func("relay.ext.mars", codegen)
+    tvm.register_func("relay.ext.mars.constant_updater", constant_updater)
+    register_pattern_table("mars", pattern_table)
+    triple = str(host_target().attrs["mtriple"])
+    register_tag("mars", {"kind": "llvm", "keys": ["mars", "cpu"], "mtriple": triple})
+    tvm_bridge.register()
+
+
+register()

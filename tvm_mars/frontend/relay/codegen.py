@@ -1,0 +1,140 @@
+"""From regions to TVM modules: ``relay.ext.mars`` and the target tag.
+
+A region becomes a small TensorIR function with the region's symbol, compiled by LLVM like the rest
+of the model. It hands its tensors to the packed functions of ``mars_runtime.tvm_bridge``. Relay
+compiles regions one by one, so each carries a program of its own, as base64 text in its constants.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import attrs
+import tvm
+from tvm import relay, te, tir
+
+from mars_runtime.errors import UnsupportedError
+from mars_runtime.program import Program
+
+from ...options import CompileOptions
+from ..interface import Interface
+from ..lower import Lowered, lower
+from .nodes import sizes
+from .regions import INTERFACE, OPTIONS, read_region
+
+__all__ = ["codegen", "collect_programs", "constant_updater", "host_target", "whole_program"]
+
+
+@attrs.frozen(eq=False)
+class _Compiled:
+    interface: Interface
+    program: Program
+
+
+_PROGRAMS: ContextVar[list[_Compiled] | None] = ContextVar("mars_relay_programs", default=None)
+
+
+@contextlib.contextmanager
+def collect_programs() -> Iterator[list[_Compiled]]:
+    """Collect the programs that are compiled meanwhile in this context."""
+    programs: list[_Compiled] = []
+    token = _PROGRAMS.set(programs)
+    try:
+        yield programs
+    finally:
+        _PROGRAMS.reset(token)
+
+
+def whole_program(pieces: Sequence[_Compiled]) -> Program | None:
+    """Join the programs of a model's regions; None if there is none."""
+    if not pieces:
+        return None
+    ordered = sorted(pieces, key=lambda piece: piece.interface.index)
+    interface = ordered[0].interface
+    return Program(
+        ordered[0].program.arch,
+        tuple(region for piece in ordered for region in piece.program.regions),
+        interface.model_inputs,
+        interface.model_outputs,
+        interface.host_operators,
+    )
+
+
+def codegen(func: relay.Function) -> Any:
+    """Compile a region into a program, and a TVM module that runs it.
+
+    TVM's ``relay.build`` calls this as ``relay.ext.mars``.
+
+    Raises
+    ------
+    UnsupportedError
+        If a shape is known at run time only.
+    """
+    from ...compiler import NamedGraph, build  # the compiler proper, loaded when it is needed
+
+    options = CompileOptions.from_json(str(func.attrs[OPTIONS]))
+    interface = Interface.from_json(str(func.attrs[INTERFACE]))
+    symbol = str(func.attrs["global_symbol"])
+    for var in func.params:
+        if None in sizes(var):
+            raise UnsupportedError(
+                f"shape {sizes(var)} is not known when it is compiled",
+                where=str(var.name_hint),
+                hint="give the importer the whole shape of every input, the batch too",
+            )
+    lowered = lower(read_region(func), options.arch)
+    names = tuple(interface.inputs[index] for index in lowered.params)
+    program = build([NamedGraph(lowered.graph, names, interface.outputs)], options.arch)
+    collected = _PROGRAMS.get()
+    if collected is not None:
+        collected.append(_Compiled(interface, program))
+    wrapper = _wrapper(func, lowered, symbol, program.to_bytes())
+    return tvm.build(tvm.IRModule({symbol: wrapper}), target=host_target())
+
+
+def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
+    """Tell TVM that a region needs no constants at load time: they are in its program."""
+    return {}
+
+
+def host_target() -> tvm.target.Target:
+    """Give the target that is compiled for: the current one, or this machine."""
+    current = tvm.target.Target.current(allow_none=True)
+    if current is not None and str(current.kind) == "llvm":
+        return current
+    return tvm.target.Target({"kind": "llvm", "mtriple": sysconfig.get_config_var("HOST_GNU_TYPE")})
+
+
+def _wrapper(func: relay.Function, lowered: Lowered, symbol: str, data: bytes) -> tir.PrimFunc:
+    """Give the TensorIR function that hands a region's tensors to the runtime."""
+    digest = hashlib.sha256(data).hexdigest()
+    text = base64.b64encode(data).decode("ascii")
+    params = [
+        te.placeholder(sizes(var), str(var.checked_type.dtype), name=f"x{i}")
+        for i, var in enumerate(func.params)
+    ]
+    kind = func.body.checked_type
+    results = list(kind.fields) if isinstance(kind, relay.TupleType) else [kind]
+
+    def body(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        given = [inputs[index] for index in lowered.params]
+        known = tir.call_packed("mars.runtime.knows", digest)
+        load = tir.Evaluate(tir.call_packed("mars.runtime.load", digest, text))
+        run = tir.call_packed("mars.runtime.run", digest, 0, len(given), *given, *outputs)
+        return tir.SeqStmt([tir.IfThenElse(known == 0, load, None), tir.Evaluate(run)])
+
+    made = te.extern(
+        [[int(size) for size in result.shape] for result in results],
+        params,
+        body,
+        name=symbol,
+        dtype=[str(result.dtype) for result in results],
+    )
+    made = list(made) if isinstance(made, (list, tuple)) else [made]
+    return te.create_prim_func([*params, *made]).with_attr("global_symbol", symbol)
