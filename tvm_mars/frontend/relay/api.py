@@ -159,7 +159,7 @@ def _target(target: Any) -> Any:
             raise OptionError(
                 f"{target!r} is no TVM target: {error}", where="option target", hint='try "mars"'
             ) from None
-    if str(target.kind) == "llvm" and "mtriple" not in target.attrs.keys():
+    if str(target.kind) == "llvm" and "mtriple" not in target.attrs:
         # The default of an LLVM build need not be the machine that it runs on.
         triple = host_target().attrs["mtriple"]
         target = tvm.target.Target({**target.export(), "mtriple": triple})

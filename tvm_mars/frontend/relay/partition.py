@@ -107,7 +107,7 @@ def partition_for_mars(
         If an option is unknown or bad, or the module is partitioned already with another.
     """
     options = CompileOptions.from_mapping(opts)
-    if mod.attrs and REPORT in mod.attrs.keys():
+    if attribute(mod, REPORT) is not None:
         CompileOptions.from_json(str(mod.attrs[OPTIONS])).require_same(options, opts)
         return mod
     session = Session(options.arch)
@@ -143,9 +143,7 @@ def _bound(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRModule:
     return tvm.transform.Sequential(passes)(mod)
 
 
-def _labelled(
-    mod: tvm.IRModule, report: OffloadReport, options: CompileOptions
-) -> tvm.IRModule:
+def _labelled(mod: tvm.IRModule, report: OffloadReport, options: CompileOptions) -> tvm.IRModule:
     for name, value in ((REPORT, report.to_json()), (OPTIONS, options.to_json())):
         mod = mod.with_attr(name, tvm.runtime.String(value))
     return mod

@@ -38,9 +38,9 @@ OPTIONS = "mars.options"
 OUTPUT_NAMES = "mars.output_names"
 
 
-def attribute(func: Any, name: str) -> Any:
-    """Give an attribute of a function, None if it has none."""
-    return func.attrs[name] if func.attrs and name in func.attrs.keys() else None
+def attribute(holder: Any, name: str) -> Any:
+    """Give an attribute of a function or module, None if it has none."""
+    return holder.attrs[name] if holder.attrs and name in holder.attrs else None
 
 
 def regions(mod: tvm.IRModule) -> dict[Any, relay.Function]:
@@ -111,9 +111,7 @@ def ports(main: relay.Function) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(str(var.name_hint) for var in main.params), tuple(str(name) for name in outputs)
 
 
-def name_regions(
-    mod: tvm.IRModule, options: CompileOptions, host: tuple[str, ...]
-) -> tvm.IRModule:
+def name_regions(mod: tvm.IRModule, options: CompileOptions, host: tuple[str, ...]) -> tvm.IRModule:
     """Give each region its interface and options."""
     main = mod["main"]
     inputs, outputs = ports(main)

@@ -1,0 +1,87 @@
+"""Every IR's frontend makes the same integer graph of an ONNX file, and so the same program."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import numpy as np
+import onnx
+import pytest
+
+from python_tests.onnx_models import imported_model
+from tvm_mars.frontend.lower import lower
+from tvm_mars.graph import Graph
+from tvm_mars.onnx_export import to_onnx
+from tvm_mars.options import CompileOptions
+from tvm_mars.zoo import load_digits
+
+pytest.importorskip("tvm")
+
+import tvm_mars
+from tvm_mars.frontend import adapter
+
+SEEDS = range(8)
+
+
+def graph_of(model: onnx.ModelProto) -> Graph:
+    """Lower a model that MARS must take whole."""
+    ir = adapter()
+    if ir.__name__.endswith("relay"):
+        from tvm_mars.frontend.relay.importer import import_model
+    else:
+        from tvm_mars.frontend.relax.api import import_model
+    mod = tvm_mars.partition_for_mars(import_model(model))
+    report = tvm_mars.offload_report(mod)
+    assert not report.rejected and not report.host_operators and report.regions == 1, str(report)
+    (region,) = [
+        func for func in mod.functions.values() if func.attrs and "mars.interface" in func.attrs
+    ]
+    return lower(ir.read_region(region), CompileOptions().arch).graph
+
+
+def digest(graph: Graph) -> str:
+    """Hash everything that a graph holds."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            found.update(f"{value.shape}".encode() + value.astype("<i8").tobytes())
+        elif attrs.has(type(value)):
+            found.update(type(value).__name__.encode())
+            add([getattr(value, field.name) for field in attrs.fields(type(value))])
+        elif isinstance(value, (list, tuple)):
+            found.update(str(len(value)).encode())
+            for entry in value:
+                add(entry)
+        else:
+            found.update(repr(value).encode())
+
+    add([graph.inputs, graph.layers, graph.outputs])
+    return found.hexdigest()
+
+
+def test_graphs_of_imported_networks(golden: Callable[[str, str], None]) -> None:
+    """The same file's graph is the same through Relax and through Relay: both compare with this."""
+    lines = [f"imported {seed} {digest(graph_of(imported_model(seed, batch=2)))}" for seed in SEEDS]
+    golden("frontend_graphs.txt", "\n".join(lines) + "\n")
+
+
+def test_the_digest_sees_a_weight() -> None:
+    graph = load_digits()
+    layer = graph.layers[0]
+    term = layer.terms[0]
+    weight = term.weight.copy()
+    weight.flat[0] += 1 if weight.flat[0] < 7 else -1
+    other = attrs.evolve(layer, terms=[attrs.evolve(term, weight=weight), *layer.terms[1:]])
+    changed = attrs.evolve(graph, layers=[other, *graph.layers[1:]])
+    assert digest(changed) != digest(graph) == digest(load_digits())
+
+
+def test_the_demo_returns() -> None:
+    """The demo's network comes back from its ONNX file as the graph that was written."""
+    graph, model = load_digits(), to_onnx(load_digits())
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    assert digest(graph_of(model)) == digest(graph)
