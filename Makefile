@@ -5,7 +5,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRAIN  := $(VENV)/.train
 
-.PHONY: help demo test test-train lint docs bench clean
+# TVM with Relay exists for CPython 3.10 alone.
+RELAY_VENV  ?= .venv-relay
+RELAY_BIN   := $(RELAY_VENV)/bin
+RELAY_READY := $(RELAY_VENV)/.ready
+PYTHON310   ?= $(firstword $(shell command -v python3.10 2>/dev/null) \
+                 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
+
+.PHONY: help demo test test-train lint docs bench relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -16,6 +23,14 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "make: $(PYTHON) is not CPython 3.11 to 3.13; say make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(RELAY_READY): pyproject.toml constraints-relay.txt
+	@test -n "$(PYTHON310)" && "$(PYTHON310)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' \
+	  || { echo "make: TVM with Relay needs CPython 3.10, and $(or $(PYTHON310),none) was found on PATH or" \
+	       "in pyenv; install it (pyenv install 3.10) or say make PYTHON310=/path/to/python3.10 ..." >&2; exit 1; }
+	"$(PYTHON310)" -m venv $(RELAY_VENV)
+	$(RELAY_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-relay.txt -e ".[relay,demo]" pytest
 	@touch $@
 
 demo: $(READY)  ## Compile a trained network for MARS, run it on the simulated chip, say what it cost
@@ -45,5 +60,14 @@ bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
 
-clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+relay: $(RELAY_READY)  ## The demo through Relay (needs CPython 3.10)
+	@$(RELAY_BIN)/python -m tvm_mars.demo
+
+has-python310:
+	@test -n "$(PYTHON310)"
+
+test-relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
+	$(RELAY_BIN)/python -m pytest python_tests/test_relay.py python_tests/test_frontends.py
+
+clean:  ## Remove the virtual environments and caches
+	rm -rf $(VENV) $(RELAY_VENV) .pytest_cache .mypy_cache .ruff_cache

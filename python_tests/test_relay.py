@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.graph import Graph, evaluate
 from tvm_mars.onnx_export import to_onnx
 from tvm_mars.options import CompileOptions
+from tvm_mars.zoo import digits_split, load_digits
 
 tvm = pytest.importorskip("tvm")
 relay = pytest.importorskip("tvm.relay")
@@ -30,7 +32,7 @@ from tvm.contrib import graph_executor  # noqa: E402
 
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.lower import lower  # noqa: E402
-from tvm_mars.frontend.relay import read_region  # noqa: E402
+from tvm_mars.frontend.relay import build_for_cpu, read_region  # noqa: E402
 from tvm_mars.frontend.relay.codegen import host_target  # noqa: E402
 from tvm_mars.frontend.relay.importer import import_model  # noqa: E402
 from tvm_mars.frontend.relay.regions import regions  # noqa: E402
@@ -250,6 +252,28 @@ def test_weights_are_not_exported_twice() -> None:
 
 
 # -- exporting -------------------------------------------------------------------------------------
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+    monkeypatch.chdir(tmp_path)
+    graph = load_digits()
+    images, _ = digits_split()
+    names: dict[str, Any] = {"images": images[:4]}
+    onnx.save(to_onnx(graph), "net.onnx")
+    exec(block, names)
+    (expected,) = evaluate(graph, {"x0": images[:4]})
+    np.testing.assert_array_equal(names["executor"].get_output(0).numpy(), expected)
+    np.testing.assert_array_equal(names["model"].run({"x0": images[:4]})["y0"], expected)
+
+
+def test_the_cpu_build_agrees_on_the_demo() -> None:
+    """Relay's own code for the module as it was imported, where no half of a step occurs."""
+    graph = load_digits()
+    images = digits_split()[0][:16]
+    (expected,) = evaluate(graph, {"x0": images})
+    alone = build_for_cpu(to_onnx(graph), {"x0": images.shape})
+    np.testing.assert_array_equal(alone(images), expected)
 
 
 @pytest.mark.parametrize("suffix", ["so", "tar"])

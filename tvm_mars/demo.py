@@ -42,6 +42,7 @@ def _demo() -> int:
     import onnx
 
     import tvm_mars
+    from tvm_mars.frontend import adapter
     from tvm_mars.graph import evaluate
     from tvm_mars.onnx_export import to_onnx
     from tvm_mars.report.profile import profile_program
@@ -66,7 +67,7 @@ def _demo() -> int:
     )
 
     with _stopwatch() as seconds:
-        model = tvm_mars.compile(path, target="mars")
+        model = tvm_mars.compile(path, target="mars", **_fixed(images))
         model.export_library(FOLDER / "digits.so")
     program = model.program
     if program is None:
@@ -75,7 +76,7 @@ def _demo() -> int:
     program.save(FOLDER / "digits.mars")
     offloaded, rejected = len(model.report.offloaded), len(model.report.rejected)
     _say(
-        "2. Compiled by TVM for target mars",
+        f"2. Compiled by TVM for target mars, from {adapter().IR}",
         f"{offloaded} of {offloaded + rejected} operators offloaded, in {len(program.regions)} "
         f"region; {seconds():.2f} s with {FOLDER / 'digits.so'}",
         f"and {FOLDER / 'digits.mars'}: "
@@ -85,7 +86,7 @@ def _demo() -> int:
     (expected,) = evaluate(graph, {INPUT: images})
     engines: Mapping[str, Engine] = {
         "ONNX Runtime": _onnxruntime(path),
-        "TVM on the CPU": _tvm_cpu(path),
+        "TVM on the CPU": adapter().build_for_cpu(path, **_fixed(images)),
         "simulated MARS": lambda batch: model.run({INPUT: batch})[OUTPUT],
     }
     lines = [f"{'engine':16}{'accuracy':>10}{'differing logits':>18}{'seconds':>9}"]
@@ -110,11 +111,11 @@ def _demo() -> int:
     np.savez(FOLDER / "digits.npz", **{INPUT: images})  # type: ignore[arg-type]
     _say(
         "5. Go on",
-        f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz",
+        *_run_again(),
         f"mars disasm {FOLDER / 'digits.mars'}         the instruction stream",
         f"mars profile {FOLDER / 'digits.mars'} --trace trace.json    for ui.perfetto.dev",
         "mars compile YOUR.onnx -o your.so --dump-offloads -",
-        "(the command is in .venv/bin)",
+        f"(the command is in {Path(sys.executable).parent})",
     )
     return 0 if agree else 1
 
@@ -136,15 +137,20 @@ def _onnxruntime(path: Path) -> Engine:
     return lambda batch: np.asarray(session.run([OUTPUT], {INPUT: batch})[0])
 
 
-def _tvm_cpu(path: Path) -> Engine:
-    """Build the module without partitioning, for the CPU alone."""
-    import tvm
-    from tvm import relax
+def _run_again() -> list[str]:
+    """Say how to run the library once more; the command runs those of Relax."""
+    from tvm_mars.frontend import adapter
 
-    from tvm_mars.frontend.relax.api import import_model
+    if adapter().IR == "Relay":
+        return []
+    return [f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz"]
 
-    machine = relax.VirtualMachine(tvm.compile(import_model(path), "llvm"), tvm.cpu())
-    return lambda batch: np.asarray(machine["main"](tvm.runtime.tensor(batch)).numpy())
+
+def _fixed(images: Array) -> dict[str, Any]:
+    """Give the option that says the batch, which Relay has to know."""
+    from tvm_mars.frontend import adapter
+
+    return {"shape": {INPUT: images.shape}} if adapter().IR == "Relay" else {}
 
 
 if __name__ == "__main__":

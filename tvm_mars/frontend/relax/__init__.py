@@ -11,13 +11,15 @@ from tvm import relax, target
 
 from mars_runtime import tvm_bridge
 
-from .api import CompiledModel, compile
+from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, pipeline
 from .partition import offload_report, partition_for_mars, register_chains
 from .regions import read_region
 
 __all__ = [
+    "IR",
     "CompiledModel",
+    "build_for_cpu",
     "compile",
     "offload_report",
     "partition_for_mars",
@@ -25,6 +27,8 @@ __all__ = [
     "read_region",
     "register",
 ]
+
+IR = "Relax"
 
 
 def register() -> None:

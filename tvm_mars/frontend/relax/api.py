@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .onnx_names import onnx_names
 from .partition import OPERATOR_NAMES, find_candidates, offload_report, partition_for_mars
 from .regions import INPUT_NAMES, OUTPUT_NAMES
 
-__all__ = ["CompiledModel", "InputSpec", "compile", "import_model"]
+__all__ = ["CompiledModel", "InputSpec", "build_for_cpu", "compile", "import_model"]
 
 
 @attrs.frozen(eq=False)
@@ -147,6 +147,18 @@ def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
         executable = tvm.compile(mod, target=target, relax_pipeline="default_build")
     program = programs[0] if programs else None
     return CompiledModel(executable, program, report, inputs, output_names, timings)
+
+
+def build_for_cpu(source: Any) -> Callable[..., npt.NDArray[Any]]:
+    """Build a model without partitioning, for the CPU alone; gives its first result."""
+    machine = relax.VirtualMachine(tvm.compile(import_model(source), "llvm"), tvm.cpu())
+
+    def run(*arrays: npt.ArrayLike) -> npt.NDArray[Any]:
+        results = machine["main"](*(tvm.runtime.tensor(np.asarray(array)) for array in arrays))
+        first = results if isinstance(results, tvm.runtime.Tensor) else results[0]
+        return np.asarray(first.numpy())
+
+    return run
 
 
 def _ports(main: relax.Function) -> tuple[tuple[InputSpec, ...], tuple[str, ...]]:

@@ -12,20 +12,26 @@ from tvm.target.tag import register_tag
 
 from mars_runtime import tvm_bridge
 
-from .api import CompiledModel, compile
+from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, constant_updater, host_target
+from .importer import import_model
 from .partition import offload_report, partition_for_mars, pattern_table
 from .regions import read_region
 
 __all__ = [
+    "IR",
     "CompiledModel",
+    "build_for_cpu",
     "compile",
+    "import_model",
     "offload_report",
     "partition_for_mars",
     "pattern_table",
     "read_region",
     "register",
 ]
+
+IR = "Relay"
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .nodes import sizes
 from .partition import offload_report, partition_for_mars
 from .regions import ports
 
-__all__ = ["CompiledModel", "compile"]
+__all__ = ["CompiledModel", "build_for_cpu", "compile"]
 
 
 @attrs.frozen(eq=False)
@@ -75,11 +75,7 @@ class CompiledModel:
         """Run the model on arrays in the order of its inputs."""
         if not self._executor:
             self._executor.append(graph_executor.GraphModule(self.library["default"](tvm.cpu())))
-        executor = self._executor[0]
-        for name, array in zip(self.input_names, arrays, strict=True):
-            executor.set_input(name, np.asarray(array))
-        executor.run()
-        return tuple(executor.get_output(i).numpy() for i in range(executor.get_num_outputs()))
+        return _execute(self._executor[0], self.input_names, arrays)
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
         """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
@@ -142,6 +138,26 @@ def compile(
         library = relay.build(mod, target=target)
     program = whole_program(programs)
     return CompiledModel(library, program, report, inputs, output_names, timings)
+
+
+def build_for_cpu(
+    source: Any, shape: Mapping[str, Sequence[int]] | None = None
+) -> Callable[..., npt.NDArray[Any]]:
+    """Build a model without partitioning, for the CPU alone; gives its first result."""
+    mod = import_model(source, shape)
+    names, _ = ports(mod["main"])
+    library = relay.build(mod, target=host_target())
+    executor = graph_executor.GraphModule(library["default"](tvm.cpu()))
+    return lambda *arrays: _execute(executor, names, arrays)[0]
+
+
+def _execute(
+    executor: Any, names: Sequence[str], arrays: Sequence[npt.ArrayLike]
+) -> tuple[npt.NDArray[Any], ...]:
+    for name, array in zip(names, arrays, strict=True):
+        executor.set_input(name, np.asarray(array))
+    executor.run()
+    return tuple(executor.get_output(i).numpy() for i in range(executor.get_num_outputs()))
 
 
 @contextmanager
