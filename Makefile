@@ -9,7 +9,7 @@ TRAIN  := $(VENV)/.train
 RELAY_VENV  ?= .venv-relay
 RELAY_BIN   := $(RELAY_VENV)/bin
 RELAY_READY := $(RELAY_VENV)/.ready
-PYTHON310   ?= $(firstword $(shell command -v python3.10 2>/dev/null) \
+PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
 .PHONY: help demo test test-train lint docs bench relay test-relay has-python310 clean
