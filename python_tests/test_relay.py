@@ -162,6 +162,13 @@ def test_nothing_is_offloaded_of_a_float_model(caplog: pytest.LogCaptureFixture)
     assert "nothing was offloaded" in caplog.text
 
 
+def test_control_flow_is_left_alone_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    x = relay.var("x", shape=(2,), dtype="float32")
+    chosen = relay.If(relay.const(True), relay.nn.relu(x), x)
+    mod = tvm_mars.partition_for_mars(tvm.IRModule.from_expr(relay.Function([x], chosen)))
+    assert not regions(mod) and "control flow" in caplog.text
+
+
 def test_min_macs_gives_small_regions_back() -> None:
     model = imported_model(SEED, batch=1)
     inputs = model_inputs(model, SEED, images=1)

@@ -61,6 +61,8 @@ def operator(expr: Any) -> str | None:
     name = op_name(expr)
     if name == "mean" and expr.attrs.exclude:
         return None
+    if name == "nn.pad" and not isinstance(expr.args[1], relay.Constant):
+        return None
     if name == "nn.global_avg_pool2d" and expr.attrs.layout != "NCHW":
         return None
     if name == "transpose" and (expr.attrs.axes is None or len(expr.attrs.axes) != 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ from .regions import COMPOSITE, OPTIONS, attribute, called, name_regions, read_r
 __all__ = ["find_candidates", "offload_report", "partition_for_mars", "pattern_table"]
 
 REPORT = "mars.report"
+
+_LOG = logging.getLogger("tvm_mars")
 
 # Says whether a call of a composite or region is given back, seeing the function that it calls
 # and the functions that give its arguments, None for one that is no composite's or region's.
@@ -112,10 +115,10 @@ def partition_for_mars(
         return mod
     session = Session(options.arch)
     mod = _bound(mod, params)
-    if has_control_flow(mod["main"].body):
-        report = OffloadReport(())
-        report.log()
-        return _labelled(mod, report, options)
+    obstacle = _obstacle(mod)
+    if obstacle:
+        _LOG.warning("nothing was offloaded to MARS: %s", obstacle)
+        return _labelled(mod, OffloadReport(()), options)
     mod = _named(normal_form(mod))
     candidates = find_candidates(mod)
     mod = relay.transform.MergeComposite(pattern_table(session))(mod)
@@ -141,6 +144,16 @@ def _bound(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRModule:
         mod["main"] = bind_params_by_name(mod["main"], dict(params))
     passes = [relay.transform.InferType(), relay.transform.FoldConstant()]
     return tvm.transform.Sequential(passes)(mod)
+
+
+def _obstacle(mod: tvm.IRModule) -> str:
+    """Say what keeps a module from being partitioned, if something does."""
+    if has_control_flow(mod["main"].body):
+        return "the model holds control flow or closures; MARS takes calls and tuples"
+    others = [gvar.name_hint for gvar in mod.functions if gvar.name_hint != "main"]
+    if others:
+        return f"the model calls functions of its own ({others[0]}); inline them first"
+    return ""
 
 
 def _labelled(mod: tvm.IRModule, report: OffloadReport, options: CompileOptions) -> tvm.IRModule:
