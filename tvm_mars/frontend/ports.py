@@ -1,9 +1,13 @@
-"""A model's inputs: what they are called and have to be, whatever the IR."""
+"""What a compiled model takes and leaves, whatever the IR: its inputs, and its library."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,7 +16,7 @@ import numpy.typing as npt
 
 from mars_runtime.errors import InputError
 
-__all__ = ["InputSpec", "in_order"]
+__all__ = ["InputSpec", "in_order", "written_beside"]
 
 
 @attrs.frozen
@@ -62,3 +66,15 @@ def _checked(entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArr
             hint=f"convert it with .astype('{entry.dtype}')",
         )
     return array
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Give a path of the same name in a folder beside, whose file then takes the target's place."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
+            built = Path(made) / target.name
+            yield built
+            built.replace(target)
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from None

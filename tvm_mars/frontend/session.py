@@ -5,8 +5,10 @@ from __future__ import annotations
 import attrs
 
 from mars_runtime.arch import MarsArch
+from mars_runtime.errors import UnsupportedError
 
-from .patterns import CANDIDATES, Node
+from .lower import check
+from .patterns import CANDIDATES, Composite, Node, parse
 
 __all__ = ["Session", "sums_maps"]
 
@@ -17,6 +19,16 @@ class Session:
 
     arch: MarsArch
     reasons: dict[str, str] = attrs.field(factory=dict)
+
+    def takes(self, entry: Composite, node: Node) -> bool:
+        """Tell whether MARS takes a matched chain; if not, its candidates carry the reason."""
+        try:
+            spec, _ = parse(entry.name, node)
+            check(spec, self.arch, node.name)
+        except UnsupportedError as error:
+            self.reject(node, error.problem)
+            return False
+        return True
 
     def reject(self, node: Node, reason: str) -> None:
         """Note the first reason for each candidate of a chain."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from mars_runtime.errors import OptionError, UnsupportedError
 from mars_runtime.program import Program
 
 from ..onnx_file import read_onnx
-from ..ports import InputSpec, in_order
+from ..ports import InputSpec, in_order, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
 from .description import describe
@@ -99,13 +98,8 @@ class CompiledModel:
                 where=os.fspath(target),
                 hint="install g++ or clang++, or name one in the environment variable CXX",
             )
-        try:
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
-                built = Path(made) / target.name
-                self.executable.export_library(os.fspath(built))
-                built.replace(target)
-        except OSError as error:  # which names the temporary file
-            raise OSError(error.errno, error.strerror, os.fspath(target)) from None
+        with written_beside(target) as built:
+            self.executable.export_library(os.fspath(built))
 
 
 def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:

@@ -17,8 +17,8 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
-from ..lower import check, lower
-from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match, parse
+from ..lower import lower
+from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match
 from ..report import Decision, OffloadReport
 from ..session import Session, sums_maps
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions
@@ -74,13 +74,7 @@ def _accepts(entry: Composite) -> Callable[[Any], bool]:
         if has_leaking_intermediate_variables(context):
             session.reject(node, "a value within its chain is also used elsewhere")
             return False
-        try:
-            spec, _ = parse(entry.name, node)
-            check(spec, session.arch, node.name)
-        except UnsupportedError as error:
-            session.reject(node, error.problem)
-            return False
-        return True
+        return session.takes(entry, node)
 
     return accepts
 

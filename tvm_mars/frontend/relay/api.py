@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from tvm.contrib import graph_executor
 from mars_runtime.errors import OptionError
 from mars_runtime.program import Program
 
-from ..ports import InputSpec, in_order
+from ..ports import InputSpec, in_order, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, host_target, whole_program
 from .importer import import_model
@@ -79,11 +78,8 @@ class CompiledModel:
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
         """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
-        target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as made:
-            built = Path(made) / target.name
+        with written_beside(Path(path)) as built:
             self.library.export_library(os.fspath(built))
-            built.replace(target)
 
 
 def compile(

@@ -13,8 +13,8 @@ from tvm.relay.build_module import bind_params_by_name
 from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
-from ..lower import check, lower
-from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match, parse
+from ..lower import lower
+from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match
 from ..report import Decision, OffloadReport
 from ..session import Session, sums_maps
 from .nodes import (
@@ -63,13 +63,7 @@ def _accepts(entry: Composite, session: Session) -> Callable[[Any], bool]:
         node = tree(call)
         if match(entry.pattern, node) is None:  # a wildcard of TVM's also takes a constant
             return False
-        try:
-            spec, _ = parse(entry.name, node)
-            check(spec, session.arch, node.name)
-        except UnsupportedError as error:
-            session.reject(node, error.problem)
-            return False
-        return True
+        return session.takes(entry, node)
 
     return accepts
 
