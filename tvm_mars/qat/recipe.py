@@ -56,6 +56,11 @@ def _one_of(*values: str) -> Any:
     return check
 
 
+def _at_least_one(_: object, attribute: Any, value: int) -> None:
+    if value < 1:
+        raise OptionError(f"{value} is not positive", where=attribute.name)
+
+
 @attrs.frozen
 class Training:
     """How the weights are trained.
@@ -78,6 +83,8 @@ class Training:
         Largest norm of all gradients; 0: none.
     freeze_statistics : float
         Share of the training after which the moving averages of the normalization are kept.
+    evaluate_every : int
+        Epochs between evaluations on the test images; the last epoch ends with one in any case.
     """
 
     epochs: int = 30
@@ -94,6 +101,7 @@ class Training:
     channels_last: bool = True
     gradient_clip: float = 0.0
     freeze_statistics: float = 1.0
+    evaluate_every: int = attrs.field(default=1, validator=_at_least_one)
 
 
 @attrs.frozen

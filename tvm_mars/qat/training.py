@@ -366,12 +366,14 @@ class Trainer:
         return model
 
     def _end_epoch(self, summary: Any) -> None:
+        epoch = self.step // self.steps_per_epoch
         entry: dict[str, Any] = {
-            "epoch": self.step // self.steps_per_epoch,
+            "epoch": epoch,
             "learning rate": self.optimizer.param_groups[0]["lr"],
             "loss": sum(self.losses) / len(self.losses),
-            "test accuracy": accuracy(self.evaluated(), self.test),
         }
+        if self.finished or epoch % self.recipe.training.evaluate_every == 0:
+            entry["test accuracy"] = accuracy(self.evaluated(), self.test)
         if self.pruner:
             entry["zero group-sets"] = self.pruner.share()
         self.history.append(entry)
