@@ -25,7 +25,7 @@ from tvm_mars.qat import (  # noqa: E402
 )
 from tvm_mars.qat.models import resnet20  # noqa: E402
 from tvm_mars.qat.pruning import ramp  # noqa: E402
-from tvm_mars.qat.report import compression  # noqa: E402
+from tvm_mars.report import compression  # noqa: E402
 
 SHAPE = (3, 8, 8)
 

@@ -22,10 +22,11 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from mars_runtime.errors import InputError, OptionError  # noqa: E402
+from tvm_mars.datasets import read_idx  # noqa: E402
 from tvm_mars.graph import evaluate  # noqa: E402
 from tvm_mars.qat import MarsNetwork, PruningPlan, Quantization, prepare, to_graph  # noqa: E402
 from tvm_mars.qat.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from tvm_mars.qat.data import Augmentation, Images, augment, load_data, read_idx  # noqa: E402
+from tvm_mars.qat.data import Augmentation, Images, augment, load_data  # noqa: E402
 from tvm_mars.qat.models import plain  # noqa: E402
 from tvm_mars.qat.recipe import (  # noqa: E402
     Distillation,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any, get_origin
 
 import cattrs
@@ -16,15 +17,20 @@ from mars_runtime.errors import ProgramError
 
 from .graph import Graph
 
-__all__ = ["graph_from_json", "graph_to_json"]
+__all__ = ["graph_converter", "graph_from_json", "graph_to_json"]
+
+
+def graph_converter(to_json: Callable[[Any], Any], from_json: Callable[[Any], Any]) -> Any:
+    """Give a converter between graphs and JSON values, its arrays by the given functions."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_unstructure_hook_func(_is_array, to_json)
+    converter.register_structure_hook_func(_is_array, lambda value, _: from_json(value))
+    return converter
 
 
 @functools.cache
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_unstructure_hook_func(_is_array, _array_to_json)
-    converter.register_structure_hook_func(_is_array, lambda value, _: _array_from_json(value))
-    return converter
+def _converter() -> Any:
+    return graph_converter(_array_to_json, _array_from_json)
 
 
 def _is_array(kind: Any) -> bool:

@@ -27,6 +27,7 @@ _COMMANDS = {
     "asm": ("assembly", "Assemble a text, on its own or into a program."),
     "arch": ("architecture", "Print the machine: every field, its unit, source, meaning."),
     "train": ("training", "Train a network: quantization-aware, pruned by group-sets."),
+    "zoo": ("zoo", "Trained networks: list, describe, export, evaluate."),
     "ops": ("operators", "Print which operators MARS takes, and their limits."),
 }
 

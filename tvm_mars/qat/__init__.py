@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..report import compression
 from .calibration import calibrate
 from .data import load_data
 from .export import export
@@ -22,7 +23,6 @@ from .network import MarsNetwork
 from .pruning import Pruner, PruningPlan
 from .quantization import Quantization, convert, prepare
 from .recipe import Recipe, load_recipe, recipe_names
-from .report import compression
 from .training import Trainer
 
 if TYPE_CHECKING:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO
 
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mars_runtime import MarsArch
 from mars_runtime.timeline import STALLS
 
+from .layout import new_table, print_parts
 from .profile import PAPER_KERNEL, PAPER_MIN_INPUTS, LayerProfile, Profile
 
 __all__ = ["print_profile"]
 
-WIDTH = 80
 ASSUMED = "[A]"
 # Column heads of the causes, where the cause's own name is not used.
 _HEADS = {"latency": "drain"}
@@ -33,11 +32,7 @@ _ENERGY = {
 
 def print_profile(profile: Profile, file: IO[str]) -> None:
     """Print a profile: time by layer, work by layer, energy, totals."""
-    console = Console(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        for part in _parts(profile):
-            console.print(part)
-    file.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    print_parts(_parts(profile), file)
 
 
 def _parts(profile: Profile) -> Iterator[RenderableType]:
@@ -81,27 +76,11 @@ def _head(profile: Profile) -> Iterator[str]:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    # Only the first column gives way: long names go over several lines, numbers never.
-    table.add_column(columns[0], overflow="fold")
-    for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _time_table(profile: Profile) -> Table:
     causes = _causes(profile)
     heads = [_HEADS.get(cause, cause) for cause in causes]
     speedup = ["speed-up"] if profile.dense_cycles is not None else []
-    table = _table("Time by layer", "layer", "cycles", "busy", *heads, *speedup)
+    table = new_table("Time by layer", "layer", "cycles", "busy", *heads, *speedup)
     for layer in profile.layers:
         table.add_row(
             _name(layer),
@@ -140,7 +119,7 @@ def _time_legend(profile: Profile) -> Iterator[str]:
 
 
 def _work_table(profile: Profile) -> Table:
-    table = _table(
+    table = new_table(
         "Work by layer",
         "layer",
         "group-sets",
@@ -192,7 +171,7 @@ def _work_legend() -> Iterator[str]:
 
 
 def _energy_table(profile: Profile) -> Table:
-    table = _table("Energy of one image", "part", "uJ", "share")
+    table = new_table("Energy of one image", "part", "uJ", "share")
     table.add_column("per event", justify="right", no_wrap=True)
     table.add_column("source")
     energy = profile.energy

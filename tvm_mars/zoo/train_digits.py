@@ -10,8 +10,8 @@ first, along a cubic ramp, and stay zero) is ours.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -20,8 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tvm_mars.graph import evaluate
-from tvm_mars.zoo.digits import digits_graph, digits_split, training_split
+from mars_runtime.quantize import Dequantize, Quantize
+from tvm_mars.graph import (
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    MapType,
+    Output,
+    Pool,
+    Requant,
+    Residual,
+    evaluate,
+)
+from tvm_mars.zoo.collect import verified
+from tvm_mars.zoo.digits import SIZE, digits_dataset
+from tvm_mars.zoo.entries import FOLDER, Record, write
 
 log = logging.getLogger("tvm_mars.zoo")
 
@@ -146,7 +160,7 @@ class MarsConv(nn.Module):
 
 
 class Digits(nn.Module):
-    """The network of :func:`tvm_mars.zoo.digits.digits_graph`, fake-quantized."""
+    """The network of :func:`digits_graph`, fake-quantized."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -208,6 +222,47 @@ class Digits(nn.Module):
         return found
 
 
+def digits_graph(codes: Mapping[str, np.ndarray]) -> Graph:
+    """Build the network from its codes.
+
+    Parameters
+    ----------
+    codes : mapping of str to array
+        ``weight_bits``, ``activation_bits``; for each layer its bias such as ``conv0.bias`` and its
+        weights such as ``conv0.weight``, the projection's being ``conv2.shortcut``.
+    """
+    weight_bits, bits = int(codes["weight_bits"]), int(codes["activation_bits"])
+    grid = bits + weight_bits - 1
+
+    def term(source: str, name: str, stride: int = 1) -> ConvTerm:
+        weight = codes[name]
+        pad = 0 if name == "conv8.weight" else weight.shape[2] // 2
+        strides, padding = (stride, stride), (pad, pad, pad, pad)
+        return ConvTerm(source, weight, weight_bits, strides, padding)
+
+    def conv(name: str, *terms: ConvTerm, residual: str | None = None) -> Conv:
+        added = Residual(residual, grid - bits) if residual else None
+        return Conv(name, terms, codes[f"{name}.bias"], Requant.eq5(bits, grid), added)
+
+    top = 2**bits - 1
+    image = MapType(1, SIZE, SIZE, bits)
+    quantize = Quantize(high=top, factor=float(top), clip=(0.0, 1.0))
+    average = Requant.eq5(bits, bits)
+    layers = (
+        conv("conv0", term("x0", "conv0.weight")),
+        conv("conv1", term("conv0", "conv1.weight", 2)),
+        conv("conv2", term("conv1", "conv2.weight"), term("conv0", "conv2.shortcut", 2)),
+        conv("conv3", term("conv2", "conv3.weight")),
+        conv("conv4", term("conv3", "conv4.weight"), residual="conv2"),
+        Pool("maxpool5", "max", "conv4", (2, 2), (2, 2)),
+        conv("conv6", term("maxpool5", "conv6.weight")),
+        Pool("avgpool7", "avg", "conv6", (4, 4), (4, 4), requant=average),
+        Conv("conv8", (term("avgpool7", "conv8.weight"),), codes["conv8.bias"]),
+    )
+    logits = Output("conv8", (10,), Dequantize(scale=(2.0**-grid,)))
+    return Graph((Input("x0", image, image.shape, quantize),), layers, (logits,))
+
+
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift a batch by up to two pixels each way."""
     padded = functional.pad(images, (2, 2, 2, 2))
@@ -257,59 +312,44 @@ def accuracy(model: Digits, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(1) == labels).double().mean())
 
 
-def sparsity(model: Digits) -> dict[str, float]:
-    """Give the share of zero group-sets of each pruned layer, counted on the codes."""
-    found = {}
-    codes = model.codes()
-    for name, conv in model.named_children():
-        if not isinstance(conv, MarsConv) or not conv.pruned:
-            continue
-        weight = codes[f"{name}.weight"]
-        channels, given, height, width = weight.shape
-        sets = weight.reshape(channels // BLOCK, BLOCK, given // BLOCK, BLOCK, height * width)
-        found[name] = round(float(1 - sets.any(axis=(1, 3)).mean()), 4)
-    return found
-
-
-def run(recipe: Recipe, folder: Path) -> dict[str, object]:
+def run(recipe: Recipe, folder: Path) -> Record:
     """Train the network and its dense twin, check the codes, write network and record."""
-    images, labels = (torch.from_numpy(array) for array in training_split())
+    training, held_out = digits_dataset()
+    images, labels = torch.from_numpy(training.images()), torch.from_numpy(training.labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     held = round(VALIDATION * len(images))
-    fit, check = order[held:], order[:held]
+    fit = order[held:]
     model = train(recipe, images[fit], labels[fit])
-    twin = train(attrs.evolve(recipe, sparsity=0.0), images[fit], labels[fit])
-    test_images, test_labels = digits_split()
-    inputs, targets = torch.from_numpy(test_images), torch.from_numpy(test_labels)
+    dense = attrs.evolve(recipe, sparsity=0.0)
+    twin = train(dense, images[fit], labels[fit])
+    inputs, targets = torch.from_numpy(held_out.images()), torch.from_numpy(held_out.labels)
     with torch.no_grad():
         logits = model(inputs).numpy()
-    codes = model.codes()
-    reference = evaluate(digits_graph(codes), {"x0": test_images})[0]
-    if not np.array_equal(logits, reference):
+    graph = digits_graph(model.codes())
+    if not np.array_equal(logits, evaluate(graph, {"x0": inputs.numpy()})[0]):
         raise RuntimeError("the exported network's logits differ from the trained one's")
-    record: dict[str, object] = {
-        "network": "digits: two residual blocks for scikit-learn's 8x8 digits, doubled to 16x16",
-        "data": "scikit-learn's load_digits (UCI, optical recognition of handwritten digits)",
-        "recipe": attrs.asdict(recipe),
-        "images": {"train": len(fit), "validation": held, "held out": len(test_labels)},
-        "zero group-sets": sparsity(model),
-        "accuracy": {
-            "validation": round(accuracy(model, images[check], labels[check]), 5),
-            "held out": round(float((reference.argmax(1) == test_labels).mean()), 5),
-            "held out, dense twin": round(accuracy(twin, inputs, targets), 5),
-        },
-        "made with": {"torch": torch.__version__.split("+")[0], "numpy": np.__version__},
-    }
-    np.savez_compressed(folder / "digits.npz", **codes)  # type: ignore[arg-type]
-    text = json.dumps(record, indent=2) + "\n"
-    (folder / "digits.json").write_text(text, encoding="utf-8")
+    record = Record(
+        title="Two residual blocks for 8x8 digits, doubled to 16x16",
+        data="scikit-learn's load_digits (UCI, optical recognition of handwritten digits)",
+        accuracy=accuracy(model, inputs, targets),
+        dense_title=f"dense, w{recipe.weight_bits}a{recipe.activation_bits}",
+        dense_accuracy=accuracy(twin, inputs, targets),
+        recipe=attrs.asdict(recipe),
+        dense_recipe=attrs.asdict(dense),
+        history=(),
+        dense_history=(),
+        images={"train": len(fit), "test": len(targets)},
+        verified=verified(graph, held_out),
+        versions={"torch": torch.__version__.split("+")[0], "numpy": np.__version__},
+    )
+    write("digits", graph, record, folder)
     return record
 
 
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder")
     for field in attrs.fields(Recipe):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)
@@ -317,7 +357,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = options.pop("output")
     record = run(Recipe(**options), folder)
-    log.info("%s", json.dumps(record["accuracy"]))
+    log.info("accuracy %.4f, dense twin %.4f", record.accuracy, record.dense_accuracy)
 
 
 if __name__ == "__main__":
