@@ -108,7 +108,8 @@ def _images(pixels: Array, labels: Array, path: Path) -> Dataset:
         pixels = pixels[:, None]
     elif pixels.shape[3] in (1, 3):
         pixels = pixels.transpose(0, 3, 1, 2)
-    return Dataset(np.ascontiguousarray(pixels), labels.astype(np.int64))
+    # PyTorch wants arrays that can be written; those from a file's bytes cannot.
+    return Dataset(np.require(pixels, requirements=["C", "W"]), labels.astype(np.int64))
 
 
 def _files(path: Path) -> dict[str, bytes]:
