@@ -24,7 +24,7 @@ from tvm_mars.qat import (  # noqa: E402
     to_graph,
 )
 from tvm_mars.qat.models import resnet20  # noqa: E402
-from tvm_mars.qat.pruning import ramp  # noqa: E402
+from tvm_mars.qat.pruning import layer_adaptive, ramp  # noqa: E402
 from tvm_mars.report import compression  # noqa: E402
 
 SHAPE = (3, 8, 8)
@@ -253,3 +253,34 @@ def test_report_is_readable():
     assert (second.dense_group_sets, second.group_sets) == (18, 9)
     assert second.index_bits == 9 * 16 and second.stored_bits(report.arch) == 9 * 2048
     assert second.cycles == 9 * 64 * 1 / 4 and second.dense_cycles == 2 * second.cycles
+
+
+def test_adaptive_scores_are_lamps():
+    norms = torch.tensor([[[3.0], [0.0]], [[1.0], [2.0]]])
+    expected = torch.tensor([[[1.0], [0.0]], [[(1 / 14) ** 0.5], [(4 / 13) ** 0.5]]])
+    torch.testing.assert_close(layer_adaptive(norms), expected)
+    # A layer's scale does not count.
+    torch.testing.assert_close(layer_adaptive(norms * 7), expected)
+
+
+def test_adaptive_pruning_does_not_empty_a_layer_of_small_weights():
+    def shares(adaptive, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *[
+                part
+                for given, channels in [(3, 32), (32, 64), (64, 64), (64, 64)]
+                for part in (nn.Conv2d(given, channels, 3, padding=1), nn.ReLU())
+            ],
+            nn.Flatten(),
+            nn.Linear(64 * 64, 10),
+        )
+        model[4].weight.data *= scale
+        network = prepare(model, Quantization(method="float"), (3, 8, 8))
+        pruner = Pruner(network, PruningPlan(sparsity=0.4, score="latent", adaptive=adaptive))
+        pruner.prune_to(0.4)
+        return [1 - float(term.mask.float().mean()) for term in pruner.terms]
+
+    assert shares(False, scale=0.01)[1] > 0.95
+    assert shares(True, scale=0.01) == shares(True, scale=1.0)
+    assert shares(True, scale=0.01)[1] < 0.6

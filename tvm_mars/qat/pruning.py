@@ -27,9 +27,10 @@ from .functions import per_kernel
 from .layers import Sum, Term
 from .network import MarsNetwork
 
-__all__ = ["Pruner", "PruningPlan", "ramp"]
+__all__ = ["Pruner", "PruningPlan", "layer_adaptive", "ramp"]
 
 _GROUP_SET_WEIGHTS = 256
+_SMALLEST = 1e-30
 
 
 def _choice(*values: str) -> Any:
@@ -66,6 +67,10 @@ class PruningPlan:
     score : str
         Importance of a group-set: norm of its ``latent`` weights (the paper's), or ``folded``: of
         the weights that are deployed, gamma / deviation included.
+    adaptive : bool
+        Divide a group-set's importance by the root of the summed squares of its layer's that are
+        not smaller (LAMP: Lee et al., arXiv 2010.07611): a wide layer has small weights
+        everywhere, and plain norms would empty it before they touch a narrow one.
     cost : str
         ``none``; ``cycles``: lasso and score weigh a group-set by the cycles that it takes.
     begin, end : float
@@ -86,6 +91,7 @@ class PruningPlan:
     lasso: str = attrs.field(default="penalty", validator=_choice("penalty", "proximal", "none"))
     strength: float = 1e-4
     score: str = attrs.field(default="folded", validator=_choice("folded", "latent"))
+    adaptive: bool = False
     cost: str = attrs.field(default="none", validator=_choice("none", "cycles"))
     begin: float = attrs.field(default=0.1, validator=_share)
     end: float = attrs.field(default=0.6, validator=_share)
@@ -196,6 +202,10 @@ class Pruner:
         return scores
 
     def _scores(self, term: Term) -> Tensor:
+        norms = self._norms(term)
+        return layer_adaptive(norms) if self.plan.adaptive else norms
+
+    def _norms(self, term: Term) -> Tensor:
         if self.plan.score == "latent" or term.method != "mars":
             return term.group_set_norms()
         normalized = term.normalized()
@@ -224,6 +234,15 @@ class Pruner:
                 norms = term.group_set_norms()
                 less = learning_rate * self.plan.strength / 2 * cost
                 term.weight.mul_(term.spread((1 - less / norms.clamp_min(less)).clamp_min(0)))
+
+
+def layer_adaptive(norms: Tensor) -> Tensor:
+    """Divide each norm by the root of the summed squares of those that are not smaller (LAMP)."""
+    squares = norms.flatten().square()
+    order = squares.argsort(descending=True, stable=True)
+    scores = torch.zeros_like(squares)
+    scores[order] = squares[order] / squares[order].cumsum(0).clamp_min(_SMALLEST)
+    return scores.sqrt().view_as(norms)
 
 
 def _pruned_terms(network: MarsNetwork, plan: PruningPlan) -> list[Term]:
