@@ -518,23 +518,18 @@ class _Lowering:
     def _rounded(self, source: str, spec: Rescale, steps: Array, where: str) -> Iterator[str]:
         """Give maps that sum to what an operand is rounded to: ``steps``, by its codes.
 
-        A map holds 256 steps; a second one goes on where the first ends.
+        A map holds 256 steps; others go on where it ends.
         """
         zero = self.types[source].zero_point
         if np.array_equal(steps, np.arange(len(steps)) - zero):
             yield source
             return
         bottom, top = int(steps.min()), int(steps.max())
-        if bottom < -255 or top > bottom + 2 * 255:
-            raise UnsupportedError(
-                f"an operand whose scale is {float(spec.ratio[0]):g} times the sum's is rounded to "
-                f"{bottom}..{top} before it is added, MARS holds 511 steps from -255",
-                where=where,
-            )
-        for first in range(bottom, max(top, bottom + 1), 255):
-            whole = Requantizer(
-                spec, Codes("uint8", spec.out_scale, -first), 0, min(top - first, 255)
-            )
+        start = max(bottom, -255)
+        firsts = [*range(start, max(top, start + 1), 255), *range(start - 255, bottom - 255, -255)]
+        for first in firsts:
+            low, high = max(bottom - first, 0), min(top - first, 255)
+            whole = Requantizer(spec, Codes("uint8", spec.out_scale, -first), low, high)
             yield self._rescaled(source, whole, 0, 8, where)
 
     def _rescaled(

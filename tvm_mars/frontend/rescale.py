@@ -141,8 +141,8 @@ def express(spec: Requantizer, lowest: Array, highest: Array, base: int, bits: i
         np.array(array) for array in np.broadcast_arrays(multiplier, shift, lowest)
     )
     zero = int(spec.codes.zero_point[0]) - base
-    if zero < 0:
-        return _express_above(spec, lowest, highest, base, bits)
+    if not 0 <= zero < 2**bits:
+        return _express_moved(spec, lowest, highest, base, bits)
     requant = Requant(multiplier, shift, bits, zero, spec.low - base, spec.high - base)
     reach = int(max(np.abs(lowest).max(), np.abs(highest).max()))
     open_channels = np.ones(lowest.shape, bool)
@@ -166,23 +166,26 @@ def express(spec: Requantizer, lowest: Array, highest: Array, base: int, bits: i
     )
 
 
-def _express_above(
+def _express_moved(
     spec: Requantizer, lowest: Array, highest: Array, base: int, bits: int
 ) -> Expressed:
-    """Express codes that begin above zero: the accumulator is lowered by what they lack.
+    """Express codes whose zero is no code of theirs: accumulators are moved by what it lacks.
 
-    That is no whole number of accumulators, but of parts of them as small as 32 bits allow.
+    That is no whole number of accumulators, but one of parts of them as small as 32 bits allow.
     """
     multiplier, shift = fixed_point(spec.rescale.ratio)
+    ratio = float(spec.rescale.ratio[0])
+    wanted = int(spec.codes.zero_point[0]) - base
+    zero = min(max(wanted, 0), 2**bits - 1)
+    moved = (wanted - zero) / ratio
     reach = int(max(np.abs(lowest).max(), np.abs(highest).max()))
-    missing = (base - int(spec.codes.zero_point[0])) / float(spec.rescale.ratio[0])
-    lift = 30 - int(np.ceil(np.log2(reach + missing + 1)))
-    requant = Requant(multiplier, shift + lift, bits, 0, spec.low - base, spec.high - base)
+    lift = 30 - int(np.ceil(np.log2(reach + abs(moved) + 1)))
+    requant = Requant(multiplier, shift + lift, bits, zero, spec.low - base, spec.high - base)
     for nearby in (0, -1, 1):
-        offset = -round(missing * 2**lift) + nearby
+        offset = round(moved * 2.0**lift) + nearby
         if lift > 0 and _equal(spec, requant, lift, offset, lowest, highest, base).all():
             return Expressed(requant, lift, np.full_like(lowest, offset))
-    raise _inexpressible(spec, float(spec.rescale.ratio[0]), reach)
+    raise _inexpressible(spec, ratio, reach)
 
 
 def _inexpressible(spec: Requantizer, ratio: float, reach: int) -> UnsupportedError:

@@ -9,7 +9,7 @@ One walk over each function:
   float32 quotient is within half a step of the integer);
 - a reshape of numbers moves behind the clip, multiply and quantize that follow it;
 - a bias is added as any other constant, requantized at once if it is to be requantized;
-- a map of one pixel in another layout is a reshape of it;
+- a map of one pixel in another layout is a reshape of it, and so is a reshape of a reshape;
 - the result of a dropout is its input.
 
 Nothing here depends on what MARS takes; what it does not take computes the same on the CPU.
@@ -112,7 +112,9 @@ class _Walk:
         reshapes = name in _RESHAPES or (name == "layout_transform" and _is_pixel(call))
         shape = _target(call) if reshapes else None
         if shape is not None:
-            return _Reshaped(self.read(call.args[0]), shape)
+            source = self.values[call.args[0]]
+            base = source.base if isinstance(source, _Reshaped) else self.read(call.args[0])
+            return _Reshaped(base, shape)
         args = [self.read(arg) for arg in call.args]
         if name == "qnn.requantize" and isinstance(args[0], relay.Constant):
             return relay.transform.FoldConstantExpr(call, tvm.IRModule(), fold_qnn=True)

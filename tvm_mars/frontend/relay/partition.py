@@ -161,8 +161,16 @@ def _channels_first(mod: tvm.IRModule) -> tvm.IRModule:
     layouts = {str(getattr(call.attrs, key)) for call in calls for key in keys if _has(call, key)}
     if layouts <= {"NCHW"}:
         return mod
-    passes = [relay.transform.ConvertLayout(_LAYOUTS), relay.transform.FoldConstant()]
-    return tvm.transform.Sequential(passes)(mod)
+    passes = [
+        relay.transform.CanonicalizeOps(),  # no layout passes a bias_add
+        relay.transform.InferType(),
+        relay.transform.ConvertLayout(_LAYOUTS),
+        relay.transform.FoldConstant(),
+        relay.transform.InferType(),
+    ]
+    for apply in passes:  # in a Sequential some of them wait for opt_level=3
+        mod = apply(mod)
+    return mod
 
 
 def _has(call: Any, key: str) -> bool:
