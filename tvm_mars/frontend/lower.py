@@ -34,7 +34,7 @@ from ..graph import (
     Residual,
     window_size,
 )
-from .rescale import express, fixed_point, rescale
+from .rescale import express, fixed_point, limited, rescale
 from .spec import (
     AddSpec,
     AverageSpec,
@@ -387,6 +387,7 @@ class _Lowering:
     def _requantized(self, call: Call, spec: ConvSpec, quantizer: Requantizer) -> _Map:
         """Lower a convolution of integers, whose accumulators and bias are what they are."""
         (term,) = spec.terms
+        quantizer = limited(quantizer)
         bias = np.zeros(spec.out_shape[0], np.int64)
         if term.bias is not None:
             bias = bias + term.bias.astype(np.int64)
@@ -554,13 +555,13 @@ class _Lowering:
         requant: Requant,
         lift: int = 0,
         constant: int = 0,
-        weights: Sequence[int] = (1, 1, 1, 1),
+        weights: Sequence[int] = (),
     ) -> Conv:
         """Give a layer that sums maps, and a constant, each channel by itself."""
         channels = self.types[sources[0]].channels
         terms = [
             ConvTerm(source, _per_channel(channels, weight), groups=channels, shift=lift)
-            for source, weight in zip(sources, weights, strict=False)
+            for source, weight in zip(sources, weights or [1] * len(sources), strict=True)
         ]
         return Conv(self._name("conv"), terms, np.full(channels, constant), requant)
 

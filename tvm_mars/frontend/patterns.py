@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from mars_runtime.errors import InputError, UnsupportedError
 
-from .rescale import rescale
 from .spec import (
     AddSpec,
     AverageSpec,
@@ -768,15 +767,6 @@ def _parse_integer_conv(found: Captures) -> ConvSpec:
             ceiling=np.clip(one.ceiling, floor, ceiling),
         )
     codes, low, high = _end(found)
-    zero = int(codes.zero_point[0])
-    # What the limits of the accumulators leave of the codes.
-    least, greatest = (
-        rescale(one, np.asarray(end, np.int64)) + zero
-        if np.abs(end).max() < 2**31 - 1
-        else np.asarray([given])
-        for end, given in ((one.floor, low), (one.ceiling, high))
-    )
-    low, high = (int(np.clip(end, low, high)) for end in (least.min(), greatest.max()))
     return ConvSpec(
         op="dense" if found["op0"].op == "qnn.dense" else "conv2d",
         terms=(_integer_term(found, one.scale),),

@@ -23,7 +23,7 @@ from mars_runtime.rounding import MAX_SHIFT
 from ..graph import Requant
 from .spec import Requantizer, Rescale
 
-__all__ = ["Expressed", "express", "fixed_point", "rescale"]
+__all__ = ["Expressed", "express", "fixed_point", "limited", "rescale"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -74,6 +74,17 @@ def rescale(spec: Rescale, steps: Array) -> Array:
     if result.size and np.abs(result).max() >= _INT32:
         raise _overflow(spec)
     return result
+
+
+def limited(spec: Requantizer) -> Requantizer:
+    """Give a requantizer whose codes have the limits that those of its steps leave them."""
+    one, zero = spec.rescale, int(spec.codes.zero_point[0])
+    low, high = spec.low, spec.high
+    if one.floor.min() > -_INT32:
+        low = int(np.clip(rescale(one, one.floor).min() + zero, low, high))
+    if one.ceiling.max() < _INT32 - 1:
+        high = int(np.clip(rescale(one, one.ceiling).max() + zero, low, high))
+    return attrs.evolve(spec, low=low, high=high)
 
 
 def _overflow(spec: Rescale) -> UnsupportedError:
