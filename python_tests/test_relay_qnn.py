@@ -194,7 +194,7 @@ def test_dense(dtype: str, rounding: str) -> None:
         ((0.5, 0.25, 1.0), (3, 200, 17)),  # each operand meets halves
         ((0.02, 0.03, 0.035), (128, 0, 128)),
         ((0.0913, 0.0517, 0.05), (0, 255, 0)),  # an operand's steps leave eight bits
-        ((0.0999, 0.0999, 0.05), (128, 0, 0)),
+        ((0.09, 0.09, 0.05), (128, 0, 0)),
     ],
 )
 def test_add(scales: tuple[float, ...], zeros: tuple[int, ...], rounding: str) -> None:
@@ -506,7 +506,7 @@ def test_what_is_computed_is_what_tvm_computes(rounding: str, compute_dtype: str
         compute_dtype=compute_dtype,
         out_dtype="int32",
     )
-    for one in (scale, *scale):
+    for one in (scale, *scale[:4]):
         y = build(one)
         with tvm.target.Target(host_target()):
             library = relay.build(module(y, y.args[0]), host_target())
