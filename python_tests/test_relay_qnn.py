@@ -330,18 +330,41 @@ def test_as_the_pytorch_importer_writes_it() -> None:
 
 @pytest.mark.random(6)
 def test_fake_quantization_to_integer(seed: int) -> None:
-    """Relay's own pass over Q/DQ models; what it leaves in floating point is the last product."""
-    model = imported_model(seed, batch=2)
+    """Relay's own pass over Q/DQ models; what it leaves in floating point is the last product.
+
+    Of a quantized bias with a scale per channel it makes a requantization that Relay refuses.
+    """
+    model = imported_model(seed, batch=2, per_channel=False)
     mod = relay.transform.InferType()(import_model(model))
     mod = relay.transform.FakeQuantizationToInteger()(mod)
     mod = relay.transform.FoldConstant()(relay.transform.InferType()(mod))
-    logits = mod["main"].body
-    while str(getattr(logits, "op", "")) != "nn.batch_flatten":
-        logits = logits.args[0]
-    mod = tvm.IRModule.from_expr(relay.Function(mod["main"].params, logits.args[0]))
+    inner = mod["main"].body
+    while inner.op.name != "nn.batch_flatten":
+        inner = inner.args[0]
+    mod = tvm.IRModule.from_expr(relay.Function(mod["main"].params, inner.args[0]))
     report = compare(mod, model_inputs(model, seed))
     kinds = ["qnn.conv2d"] * 3 + ["qnn.add", "max_pool2d"] + ["qnn.conv2d"] * 2 + ["mean"]
     whole(report, *kinds)
+
+
+def test_fake_quantization_to_integer_per_channel() -> None:
+    """With a bias in floating point and a ReLU6 on the accumulators of each channel."""
+    rng = np.random.default_rng(18)
+    x = relay.var("x", shape=(2, 16, 8, 8), dtype="uint8")
+    scale = const(np.exp(rng.uniform(-7, -6, 24)))
+    weight = relay.const(any_codes(rng, (24, 16, 3, 3), "int8"))
+    y = relay.nn.conv2d(
+        Q.dequantize(x, const(0.05), zero(9)),
+        Q.dequantize(weight, scale, relay.const(np.zeros(24, "int32")), axis=0),
+        kernel_size=(3, 3),
+        channels=24,
+        padding=(1, 1),
+    )
+    y = relay.nn.bias_add(y, const(rng.normal(0, 1, 24)))
+    y = Q.quantize(relay.clip(y, 0.0, 6.0), const(6 / 255), zero(0), out_dtype="uint8")
+    mod = relay.transform.FakeQuantizationToInteger()(relay.transform.InferType()(module(y, x)))
+    mod = relay.transform.FoldConstant(fold_qnn=True)(relay.transform.InferType()(mod))
+    whole(compare(mod, {"x": any_codes(rng, (2, 16, 8, 8), "uint8")}), "qnn.conv2d")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
@@ -419,11 +442,11 @@ def rejected(mod: Any, inputs: dict[str, Any], **config: str) -> str:
 
 def test_floating_point_requantization_is_refused_where_it_differs() -> None:
     rng = np.random.default_rng(12)
-    x, y = Conv(channels=64).build(rng, np.full(8, 0.0003, np.float32), 0.1)
+    x, y = Conv(channels=64).build(rng, np.full(8, 3e-6, np.float32), 0.1)
     inputs = {"x": any_codes(rng, (2, 64, 9, 8), "uint8")}
     with tvm.target.Target(host_target()):
         reason = rejected(module(y, x), inputs, compute_dtype="float32")
-    assert "requantizes by 0.003 with rounding UPWARD in float32" in reason
+    assert "requantizes by 3e-05 with rounding UPWARD in float32" in reason
 
 
 def test_floating_point_requantization_is_taken_where_it_is_equal() -> None:
