@@ -22,6 +22,7 @@ from tvm_mars.frontend.lower import Region, check, lower
 from tvm_mars.frontend.patterns import COMPOSITES
 from tvm_mars.frontend.spec import (
     AddSpec,
+    AverageSpec,
     AvgPoolSpec,
     Codes,
     ConvSpec,
@@ -29,7 +30,10 @@ from tvm_mars.frontend.spec import (
     MaxPoolSpec,
     Quantizer,
     QuantizeSpec,
+    Requantizer,
+    Rescale,
     ReshapeSpec,
+    SumSpec,
     TermSpec,
 )
 from tvm_mars.graph import Conv, ConvTerm, MapType, Pool, Requant
@@ -49,10 +53,22 @@ CONV = ConvSpec("conv2d", (TERM,), quantizer=QUANTIZER)
 POOL = MaxPoolSpec("uint8", (16, 6, 6), (16, 3, 3), (2, 2), (2, 2), (0, 0, 0, 0))
 AVERAGE = AvgPoolSpec(UINT8, (16, 6, 6), (16, 3, 3), (2, 2), (2, 2), (0, 0, 0, 0), QUANTIZER)
 ADD = AddSpec((UINT8, UINT8), ((16, 6, 6), (16, 6, 6)), QUANTIZER)
+RESCALE = Rescale(0.5, 0.7)
+SUM = SumSpec(
+    (UINT8, UINT8), ((16, 6, 6), (16, 6, 6)), (RESCALE, RESCALE), Codes("int8", 0.7, 4), -128, 127
+)
+INTEGERS = ConvSpec(
+    "conv2d",
+    (attrs.evolve(TERM, data=Codes("uint8", 1.0, 3)),),
+    quantizer=Requantizer(Rescale(0.01, 1.0), Codes("uint8", 1.0, 0), 0, 255),
+)
+CUT_OFF = AverageSpec(
+    "int8", (16, 6, 6), (16, 3, 3), (2, 2), (2, 2), (0, 0, 0, 0), low=-128, high=127
+)
 RESHAPE = ReshapeSpec("uint8", (16, 6, 6), (576,))
 QUANTIZE = QuantizeSpec("float32", (3, 8, 8), QUANTIZER)
 DEQUANTIZE = DequantizeSpec(UINT8, (3, 8, 8))
-GOOD = (CONV, POOL, AVERAGE, ADD, RESHAPE, QUANTIZE, DEQUANTIZE)
+GOOD = (CONV, INTEGERS, POOL, AVERAGE, CUT_OFF, ADD, SUM, RESHAPE, QUANTIZE, DEQUANTIZE)
 
 
 def term(**changes: Any) -> ConvSpec:
@@ -70,6 +86,10 @@ BROKEN = [
     (attrs.evolve(QUANTIZE, dtype="float64"), "Numbers that enter are float32", "float64"),
     (attrs.evolve(DEQUANTIZE, out_dtype="float16"), "Numbers that leave are float32", "float16"),
     (attrs.evolve(ADD, shapes=((16, 6, 6), (16, 1, 1))), "have the same shape", "(16, 1, 1)"),
+    (attrs.evolve(SUM, shapes=((16, 6, 6), (16, 1, 1))), "have the same shape", "(16, 1, 1)"),
+    (attrs.evolve(SUM, codes=Codes("int16", 1.0, 0)), "Maps are uint8", "int16"),
+    (attrs.evolve(CUT_OFF, dtype="int32"), "Maps are uint8", "int32"),
+    (attrs.evolve(CUT_OFF, padding=(1, 1, 1, 1)), "as many codes at the border", "not counted"),
     (attrs.evolve(POOL, dilation=(2, 1)), "not dilated", "(2, 1)"),
     (attrs.evolve(AVERAGE, out_shape=(16, 4, 4)), "ceil_mode", "(16, 4, 4)"),
     (attrs.evolve(RESHAPE, out_shape=(36, 16)), "A reshape flattens", "(36, 16)"),

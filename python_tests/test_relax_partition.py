@@ -16,8 +16,9 @@ tvm = pytest.importorskip("tvm")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 import tvm_mars  # noqa: E402
-from tvm_mars.frontend.patterns import COMPOSITES, Node, Op, match, parse  # noqa: E402
+from tvm_mars.frontend.patterns import Node, Op, composites_of, match, parse  # noqa: E402
 from tvm_mars.frontend.relax.api import CompiledModel, import_model  # noqa: E402
+from tvm_mars.frontend.relax.nodes import OPERATORS  # noqa: E402
 from tvm_mars.graph import evaluate  # noqa: E402
 from tvm_mars.networks import resnet20  # noqa: E402
 from tvm_mars.onnx_export import to_onnx  # noqa: E402
@@ -72,7 +73,8 @@ def test_every_chain_is_registered_and_has_a_lowering() -> None:
     from tvm_mars.frontend.lower import _Lowering
 
     names = [pattern.name for pattern in get_patterns_with_prefix("mars.")]
-    assert names == [composite.name for composite in COMPOSITES]  # in order of priority
+    chains = composites_of(OPERATORS)
+    assert names == [composite.name for composite in chains]  # in order of priority
     kinds = {kind for constraint in CONSTRAINTS for kind in constraint.kinds}
     assert all(hasattr(_Lowering, f"_{kind}") for kind in kinds)
 

@@ -242,8 +242,10 @@ def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_the_pattern_table_has_every_chain() -> None:
     from tvm.relay.op.contrib import get_pattern_table
 
-    from tvm_mars.frontend.patterns import COMPOSITES
+    from tvm_mars.frontend.patterns import COMPOSITES, OPERATORS
+    from tvm_mars.frontend.relay.nodes import OPERATORS as KNOWN
 
+    assert set(KNOWN) == set(OPERATORS)  # Relay has all of them
     assert [name for name, *_ in get_pattern_table("mars")] == [entry.name for entry in COMPOSITES]
 
 

@@ -24,6 +24,7 @@ from mars_runtime.maps import RAW_BITS, WORD_CHANNELS
 from .frontend.patterns import COMPOSITES
 from .frontend.spec import (
     AddSpec,
+    AverageSpec,
     AvgPoolSpec,
     Codes,
     ConvSpec,
@@ -31,8 +32,10 @@ from .frontend.spec import (
     MaxPoolSpec,
     Quantizer,
     QuantizeSpec,
+    Requantizer,
     ReshapeSpec,
     Spec,
+    SumSpec,
     code_range,
 )
 from .graph import Conv, Layer, MapType, Pool, Requant, worst_accumulator
@@ -61,8 +64,10 @@ LIMITS: dict[str, int] = {
 }
 
 _CONV = ("conv",)
+_SUMS = ("add", "sum")
 _POOLS = ("maxpool", "avgpool")
-_ALL = ("conv", "add", "maxpool", "avgpool", "reshape", "quantize", "dequantize")
+_WINDOWS = (*_POOLS, "average")
+_ALL = ("conv", *_SUMS, *_WINDOWS, "reshape", "quantize", "dequantize")
 
 
 @attrs.frozen(eq=False)
@@ -144,39 +149,48 @@ def _map_codes(spec: Spec) -> Iterable[Codes]:
         yield from (term.data for term in spec.terms)
         if spec.residual is not None:
             yield spec.residual
-    elif isinstance(spec, AddSpec):
+    elif isinstance(spec, (AddSpec, SumSpec)):
         yield from spec.operands
-    elif isinstance(spec, AvgPoolSpec):
-        yield spec.data
+    elif isinstance(spec, (AvgPoolSpec, AverageSpec)):
+        yield from [] if spec.data is None else [spec.data]
     elif isinstance(spec, DequantizeSpec):
         yield spec.codes
 
 
-def _quantizer(spec: Spec) -> Quantizer | None:
+def _quantizer(spec: Spec) -> Quantizer | Requantizer | None:
     if isinstance(spec, (ConvSpec, AddSpec, AvgPoolSpec, QuantizeSpec)):
         return spec.quantizer
-    return None
+    return spec.requantizer if isinstance(spec, AverageSpec) else None
+
+
+def _result(spec: Spec) -> Codes | None:
+    if isinstance(spec, SumSpec):
+        return spec.codes
+    quantizer = _quantizer(spec)
+    return None if quantizer is None else quantizer.codes
 
 
 @on_spec(*_ALL)
 def map_codes_are_integers(spec: Spec) -> str | None:
     """Maps are uint8, int8, uint4 or int4 codes."""
     dtypes = [codes.dtype for codes in _map_codes(spec)]
-    if isinstance(spec, MaxPoolSpec) or (isinstance(spec, ReshapeSpec) and not spec.numbers):
+    if isinstance(spec, (MaxPoolSpec, AverageSpec)) or (
+        isinstance(spec, ReshapeSpec) and not spec.numbers
+    ):
         if spec.dtype.startswith("float"):
             return f"its input is {spec.dtype}, not codes"
         dtypes.append(spec.dtype)
-    quantizer = _quantizer(spec)
-    if quantizer is not None:
-        dtypes.append(quantizer.codes.dtype)
+    result = _result(spec)
+    if result is not None:
+        dtypes.append(result.dtype)
     return next((dtype for dtype in dtypes if code_range(dtype) is None), None)
 
 
 @on_spec(*_ALL)
 def maps_have_one_scale(spec: Spec) -> str | None:
     """A map has one scale and one zero point."""
-    quantizer = _quantizer(spec)
-    found = [*_map_codes(spec), *([quantizer.codes] if quantizer else [])]
+    result = _result(spec)
+    found = [*_map_codes(spec), *([result] if result else [])]
     wrong = next((codes for codes in found if not codes.per_tensor), None)
     return None if wrong is None else f"{wrong.scale.size} scales"
 
@@ -184,10 +198,12 @@ def maps_have_one_scale(spec: Spec) -> str | None:
 @on_spec(*_ALL)
 def scales_are_positive(spec: Spec) -> str | None:
     """Scales are greater than zero."""
-    quantizer = _quantizer(spec)
+    quantizer, result = _quantizer(spec), _result(spec)
     scales = [codes.scale for codes in _map_codes(spec)]
-    if quantizer is not None:
-        scales += [quantizer.codes.scale, np.asarray([quantizer.factor])]
+    if result is not None:
+        scales.append(result.scale)
+    if isinstance(quantizer, Quantizer):
+        scales.append(np.asarray([quantizer.factor]))
     if isinstance(spec, ConvSpec):
         scales += [term.weight_scale for term in spec.terms]
     for scale in scales:
@@ -208,8 +224,10 @@ def results_are_float32(spec: DequantizeSpec) -> str | None:
     return None if spec.out_dtype == "float32" else spec.out_dtype
 
 
-@on_spec(*_CONV, *_POOLS)
-def layout_is_channels_first(spec: ConvSpec | MaxPoolSpec | AvgPoolSpec) -> str | None:
+@on_spec(*_CONV, *_WINDOWS)
+def layout_is_channels_first(
+    spec: ConvSpec | MaxPoolSpec | AvgPoolSpec | AverageSpec,
+) -> str | None:
     """Maps are laid out NCHW and weights OIHW."""
     if not isinstance(spec, ConvSpec):
         return None if spec.layout == "NCHW" else spec.layout
@@ -224,20 +242,28 @@ def weights_are_integers(spec: ConvSpec) -> str | None:
     return next((dtype for dtype in dtypes if code_range(dtype) is None), None)
 
 
-@on_spec("add")
-def operands_have_one_shape(spec: AddSpec) -> str | None:
+@on_spec(*_SUMS)
+def operands_have_one_shape(spec: AddSpec | SumSpec) -> str | None:
     """Maps that are added have the same shape."""
     return None if len(set(spec.shapes)) == 1 else " and ".join(map(str, spec.shapes))
 
 
-@on_spec(*_POOLS)
-def pools_are_not_dilated(spec: MaxPoolSpec | AvgPoolSpec) -> str | None:
+@on_spec(*_WINDOWS)
+def pools_are_not_dilated(spec: MaxPoolSpec | AvgPoolSpec | AverageSpec) -> str | None:
     """Pooling windows are not dilated."""
     return None if spec.dilation == (1, 1) else str(spec.dilation)
 
 
-@on_spec("avgpool")
-def average_is_rounded_down_in_size(spec: AvgPoolSpec) -> str | None:
+@on_spec("average")
+def averages_have_one_count(spec: AverageSpec) -> str | None:
+    """An average of integers is of as many codes at the border as elsewhere."""
+    if spec.count_include_pad or not any(spec.padding):
+        return None
+    return f"padding {spec.padding} that is not counted"
+
+
+@on_spec("avgpool", "average")
+def average_is_rounded_down_in_size(spec: AvgPoolSpec | AverageSpec) -> str | None:
     """An average pool has no window that is only partly inside the padded map (ceil_mode)."""
     for axis in (0, 1):
         size = spec.data_shape[1 + axis] + spec.padding[axis] + spec.padding[2 + axis]

@@ -34,8 +34,10 @@ from ..graph import (
     Residual,
     window_size,
 )
+from .rescale import express, fixed_point, limited, rescale
 from .spec import (
     AddSpec,
+    AverageSpec,
     AvgPoolSpec,
     Codes,
     ConvSpec,
@@ -43,8 +45,11 @@ from .spec import (
     MaxPoolSpec,
     Quantizer,
     QuantizeSpec,
+    Requantizer,
+    Rescale,
     ReshapeSpec,
     Spec,
+    SumSpec,
     TermSpec,
     code_range,
 )
@@ -149,9 +154,9 @@ def _operand_types(spec: Spec) -> list[tuple[str, Shape]]:
         found = [(term.data.dtype, term.data_shape) for term in spec.terms]
         residual = [(spec.residual.dtype, spec.out_shape)] if spec.residual else []
         return found + residual
-    if isinstance(spec, AddSpec):
+    if isinstance(spec, (AddSpec, SumSpec)):
         return [(c.dtype, shape) for c, shape in zip(spec.operands, spec.shapes, strict=True)]
-    if isinstance(spec, (MaxPoolSpec, ReshapeSpec, QuantizeSpec)):
+    if isinstance(spec, (AverageSpec, MaxPoolSpec, ReshapeSpec, QuantizeSpec)):
         return [(spec.dtype, spec.data_shape)]
     if isinstance(spec, AvgPoolSpec):
         return [(spec.data.dtype, spec.data_shape)]
@@ -186,10 +191,17 @@ def _stored_range(quantizer: Quantizer) -> tuple[int, int, int, int]:
     bounds = np.asarray(quantizer.clip, np.float32) * np.float32(quantizer.factor)
     steps = np.rint(bounds / np.float32(quantizer.codes.scale[0]))
     low, high = (int(np.clip(float(step) + zero, *found)) for step in steps)
+    return (*_storage(quantizer.codes.dtype, low, high), low, high)
+
+
+def _storage(dtype: str, low: int, high: int) -> tuple[int, int]:
+    """Give the code that is stored as 0, and the bits, of codes ``low .. high`` of a type."""
+    found = code_range(dtype)
+    assert found is not None  # map_codes_are_integers
     for base in (0, -8):
         if base >= found[0] and base <= low and high <= base + 15:
-            return base, 4, low, high
-    return found[0], 8, low, high
+            return base, 4
+    return found[0], 8
 
 
 def _requant(quantizer: Quantizer, grid: Array) -> tuple[Requant, int]:
@@ -199,29 +211,11 @@ def _requant(quantizer: Quantizer, grid: Array) -> tuple[Requant, int]:
     if quantizer.eq5 and exponent is not None and 0 <= -exponent <= MAX_SHIFT:
         return Requant.eq5(bits, -exponent), base
     real = grid * (quantizer.factor / quantizer.codes.scale[0])
-    multiplier, shift = _fixed_point(real)
+    multiplier, shift = fixed_point(real)
     zero = int(quantizer.codes.zero_point[0]) - base
     if not 0 <= zero < 2**bits:
         raise UnsupportedError(f"zero point {zero + base} outside the codes of {bits} bits")
     return Requant(multiplier, shift, bits, zero, low - base, high - base), base
-
-
-def _fixed_point(real: Array) -> tuple[Array, Array]:
-    """Give int32 multipliers in [2**30, 2**31) and shifts: ``real`` to 31 bits.
-
-    The quotient of float32 scales is taken in float64, whose products of two are exact.
-    """
-    if np.all(real == real[0]):
-        real = real[:1]
-    mantissa, exponent = np.frexp(real)
-    multiplier = np.rint(np.ldexp(mantissa, 31))
-    exponent = exponent + (multiplier == 2**31)
-    multiplier = np.where(multiplier == 2**31, 2**30, multiplier)
-    shift = 31 - exponent
-    if shift.min() < 0:
-        raise UnsupportedError(f"requantization multiplies by {real.max():g}, at most 2**31")
-    over = np.maximum(shift - MAX_SHIFT, 0)  # so small that its low bits cannot matter
-    return np.rint(np.ldexp(multiplier, -over)).astype(np.int64), shift - over
 
 
 # -- the walk --------------------------------------------------------------------------------------
@@ -319,7 +313,9 @@ class _Lowering:
                 if current not in call.operands or call.result in seen:
                     continue
                 seen.add(call.result)
-                if isinstance(call.spec, (MaxPoolSpec, ReshapeSpec)):
+                if isinstance(call.spec, (MaxPoolSpec, ReshapeSpec)) or (
+                    isinstance(call.spec, AverageSpec) and call.spec.data is None
+                ):
                     pending.append(call.result)
                     continue
                 codes = _operand_codes(call.spec, call.operands.index(current))
@@ -356,6 +352,8 @@ class _Lowering:
 
     def _conv(self, call: Call) -> _Map | _Numbers:
         spec: ConvSpec = call.spec  # type: ignore[assignment]
+        if isinstance(spec.quantizer, Requantizer):
+            return self._requantized(call, spec, spec.quantizer)
         finest, known = _finest(spec, call.result)
         terms: list[ConvTerm] = []
         bias = np.zeros(spec.out_shape[0], np.int64)
@@ -385,6 +383,35 @@ class _Lowering:
             return _Numbers(name, spec.out_shape, Dequantize(scale=scale))
         assert spec.quantizer is not None
         return _Map(name, spec.out_shape, low, spec.quantizer.codes.dtype)
+
+    def _requantized(self, call: Call, spec: ConvSpec, quantizer: Requantizer) -> _Map:
+        """Lower a convolution of integers, whose accumulators and bias are what they are."""
+        (term,) = spec.terms
+        quantizer = limited(quantizer)
+        bias = np.zeros(spec.out_shape[0], np.int64)
+        if term.bias is not None:
+            bias = bias + term.bias.astype(np.int64)
+        low, high = _steps(term.data)
+        weight = term.weight.reshape(len(term.weight), -1).astype(np.int64)
+        ends = (weight * low, weight * high)
+        lowest = bias + np.minimum(*ends).sum(1)
+        highest = bias + np.maximum(*ends).sum(1)
+        base, bits = _storage(quantizer.codes.dtype, quantizer.low, quantizer.high)
+        if max(np.abs(lowest).max(), np.abs(highest).max()) >= 2**31:
+            raise UnsupportedError(
+                "Accumulators fit signed 32 bit whatever the input: they may reach "
+                f"{max(np.abs(lowest).max(), np.abs(highest).max())}",
+                where=call.result,
+            )
+        found = express(quantizer, lowest, highest, base, bits)
+        layer = Conv(
+            self._name("conv"),
+            tuple(self._terms(term, call.operands[0], found.lift, spec.op)),
+            (bias << found.lift) + found.offset,
+            found.requant,
+        )
+        name = self._layer(layer, self._conv_type(layer), call.result)
+        return _Map(name, spec.out_shape, base, quantizer.codes.dtype)
 
     def _terms(self, term: TermSpec, operand: str, shift: int, op: str) -> Iterator[ConvTerm]:
         """Give a term, and a second one for what a zero point moves out of -128..127."""
@@ -451,6 +478,173 @@ class _Lowering:
         )
         name = self._layer(layer, kind, call.result)
         return _Map(name, spec.shapes[0], low, spec.quantizer.codes.dtype)
+
+    def _sum(self, call: Call) -> _Map:
+        spec: SumSpec = call.spec  # type: ignore[assignment]
+        sources = [
+            self._codes(name, codes)
+            for name, codes in zip(call.operands, spec.operands, strict=True)
+        ]
+        types = {self.types[source.name].shape for source in sources}
+        if len(types) != 1:
+            raise UnsupportedError(f"adds maps of shapes {sorted(types)}", where=call.result)
+        base, bits = _storage(spec.codes.dtype, spec.low, spec.high)
+        if len(sources) == 1:
+            quantizer = Requantizer(spec.rescales[0], spec.codes, spec.low, spec.high)
+            name = self._rescaled(sources[0].name, quantizer, base, bits, call.result)
+            return _Map(name, spec.shapes[0], base, spec.codes.dtype)
+        codes = spec.codes
+        zero = int(codes.zero_point[0]) - base
+        rounded = [
+            rescale(one, np.arange(*_steps(source, 1))[:, None])[:, 0]
+            for source, one in zip(spec.operands, spec.rescales, strict=True)
+        ]
+        pieces: list[str] = []
+        for i, other in enumerate(reversed(rounded)):
+            # What would leave the range of the sum whatever is added need not be told apart.
+            low = spec.low - int(codes.zero_point[0]) - int(other.max())
+            high = spec.high - int(codes.zero_point[0]) - int(other.min())
+            steps = np.clip(rounded[i], min(low, 0), max(high, 0))
+            pieces += self._rounded(sources[i].name, spec.rescales[i], steps, call.result)
+        requant = Requant([1], [0], bits, zero, spec.low - base, spec.high - base)
+        layer: Layer
+        if len(pieces) == 2:
+            layer = Add(self._name("add"), [Operand(name, 1) for name in pieces], requant)
+        else:
+            layer = self._identity(pieces, requant)
+        kind = attrs.evolve(self.types[pieces[0]], bits=bits, zero_point=zero)
+        name = self._layer(layer, kind, call.result)
+        return _Map(name, spec.shapes[0], base, codes.dtype)
+
+    def _rounded(self, source: str, spec: Rescale, steps: Array, where: str) -> Iterator[str]:
+        """Give maps that sum to what an operand is rounded to: ``steps``, by its codes.
+
+        A map holds 256 steps; others go on where it ends.
+        """
+        zero = self.types[source].zero_point
+        if np.array_equal(steps, np.arange(len(steps)) - zero):
+            yield source
+            return
+        bottom, top = int(steps.min()), int(steps.max())
+        start = max(bottom, -255)
+        firsts = [*range(start, max(top, start + 1), 255), *range(start - 255, bottom - 255, -255)]
+        for first in firsts:
+            low, high = max(bottom - first, 0), min(top - first, 255)
+            whole = Requantizer(spec, Codes("uint8", spec.out_scale, -first), low, high)
+            yield self._rescaled(source, whole, 0, 8, where)
+
+    def _rescaled(
+        self, source: str, quantizer: Requantizer, base: int, bits: int, where: str
+    ) -> str:
+        """Requantize a map."""
+        kind = self.types[source]
+        low, high = -kind.zero_point, 2**kind.bits - 1 - kind.zero_point
+        found = express(quantizer, np.asarray([low]), np.asarray([high]), base, bits)
+        layer: Layer
+        if found.offset.any():  # only a convolution adds a constant
+            layer = self._identity([source], found.requant, found.lift, int(found.offset[0]))
+        else:
+            operand = Operand(source, 1 << found.lift)
+            layer = Add(self._name("add"), [operand], found.requant)
+        result = attrs.evolve(kind, bits=bits, zero_point=found.requant.zero_point)
+        return self._layer(layer, result, where)
+
+    def _identity(
+        self,
+        sources: Sequence[str],
+        requant: Requant,
+        lift: int = 0,
+        constant: int = 0,
+        weights: Sequence[int] = (),
+    ) -> Conv:
+        """Give a layer that sums maps, and a constant, each channel by itself."""
+        channels = self.types[sources[0]].channels
+        terms = [
+            ConvTerm(source, _per_channel(channels, weight), groups=channels, shift=lift)
+            for source, weight in zip(sources, weights or [1] * len(sources), strict=True)
+        ]
+        return Conv(self._name("conv"), terms, np.full(channels, constant), requant)
+
+    def _average(self, call: Call) -> _Map:
+        """Lower an average that is cut off, not rounded: by convolutions of equal weights.
+
+        With n integers of sum S, ``floor(S / n) = round((2 S + 1 - n) / (2 n))``, and no half
+        occurs. A negative average is cut off upwards: what the two signs leave of the sum goes into
+        a map each, and these are joined.
+        """
+        spec: AverageSpec = call.spec  # type: ignore[assignment]
+        source = self._plain(call.operands[0], spec.data)
+        value = self.values[call.operands[0]]
+        assert isinstance(value, _Map)
+        kind, end = self.types[source], spec.requantizer
+        # The integers that are averaged: steps of maps, whose zero is the integer `zero`.
+        pieces, zero = [source], kind.zero_point + value.low
+        lowest, highest = value.low, value.low + 2**kind.bits - 1
+        if spec.entry is not None:
+            steps = rescale(spec.entry, np.arange(2**kind.bits)[:, None] - kind.zero_point)[:, 0]
+            pieces = list(self._rounded(source, spec.entry, steps, call.result))
+            zero = spec.entry_zero
+            lowest, highest = zero + int(steps.min()), zero + int(steps.max())
+        if any(spec.padding) and zero != 0:
+            raise UnsupportedError(
+                f"pads with code 0, MARS with the code of zero, {zero}", where=call.result
+            )
+        low, high, dtype = spec.low, spec.high, value.dtype
+        if end is not None and _changes_nothing(end, zero):
+            low, high, dtype, end = end.low, end.high, end.codes.dtype, None
+        if end is not None and spec.entry is not None:
+            raise UnsupportedError(
+                "an average that is requantized before it, and to another scale after it",
+                where=call.result,
+            )
+        base, bits = _storage(dtype, low, high)
+        average = Requant(*_reciprocal(spec.kernel), bits, zero - base, low - base, high - base)
+        if lowest >= 0:
+            name = self._averaged(call, pieces, 1, 0, average)
+        else:
+            # Neither sign's map holds more than the result can show.
+            ends = [min(highest, max(high, 0)), min(-lowest, max(-low, 0))]
+            if max(ends) > 255:
+                raise UnsupportedError(f"averages up to {max(ends)}, above 255", where=call.result)
+            signs = [
+                self._averaged(
+                    call,
+                    pieces,
+                    sign,
+                    zero,
+                    attrs.evolve(average, bits=8, zero_point=0, low=0, high=end),
+                )
+                for sign, end in zip((1, -1), ends, strict=True)
+            ]
+            joined = attrs.evolve(average, multiplier=[1], shift=[0])
+            layer = self._identity(signs, joined, constant=-zero, weights=(1, -1))
+            name = self._layer(layer, self._conv_type(layer), call.result)
+        if end is None:
+            return _Map(name, spec.out_shape, base, dtype)
+        base, bits = _storage(end.codes.dtype, end.low, end.high)
+        name = self._rescaled(name, end, base, bits, call.result)
+        return _Map(name, spec.out_shape, base, end.codes.dtype)
+
+    def _averaged(
+        self, call: Call, sources: Sequence[str], sign: int, zero: int, requant: Requant
+    ) -> str:
+        """Give the average of the sum of maps plus ``zero``, times a sign, rounded down."""
+        spec: AverageSpec = call.spec  # type: ignore[assignment]
+        channels = self.types[sources[0]].channels
+        terms = [
+            ConvTerm(
+                source,
+                _per_channel(channels, 2 * sign, spec.kernel),
+                stride=spec.stride,
+                padding=spec.padding,
+                groups=channels,
+            )
+            for source in sources
+        ]
+        count = spec.kernel[0] * spec.kernel[1]
+        bias = np.full(channels, 2 * sign * zero * count + 1 - count)
+        layer = Conv(self._name("conv"), terms, bias, requant)
+        return self._layer(layer, self._conv_type(layer), call.result)
 
     def _maxpool(self, call: Call) -> _Map:
         spec: MaxPoolSpec = call.spec  # type: ignore[assignment]
@@ -527,6 +721,28 @@ class _Lowering:
         return _Numbers(source.name, source.shape, form)
 
 
+def _steps(codes: Codes, past: int = 0) -> tuple[int, int]:
+    """Give the least and the greatest step that codes stand for, or what is ``past`` the latter."""
+    low, high = code_range(codes.dtype) or (0, 0)
+    zero = int(codes.zero_point[0])
+    return low - zero, high - zero + past
+
+
+def _changes_nothing(end: Requantizer, zero: int) -> bool:
+    """Whether a requantization of integers with a zero point only limits them."""
+    return bool((end.rescale.ratio == 1).all()) and int(end.codes.zero_point[0]) == zero
+
+
+def _reciprocal(kernel: tuple[int, int]) -> tuple[Array, Array]:
+    """Give what multiplies by one over twice the size of a window."""
+    return fixed_point(np.asarray([0.5 / (kernel[0] * kernel[1])]))
+
+
+def _per_channel(channels: int, value: int, kernel: tuple[int, int] = (1, 1)) -> Array:
+    """Give the weights of a convolution that sums each channel by itself."""
+    return np.full((channels, 1, *kernel), value, np.int8)
+
+
 def _fits(weight: Array, bits: int) -> bool:
     limit = 2 ** (bits - 1)
     return bool(weight.size) and -limit <= int(weight.min()) and int(weight.max()) < limit
@@ -535,9 +751,9 @@ def _fits(weight: Array, bits: int) -> bool:
 def _operand_codes(spec: Spec, index: int) -> Codes | None:
     if isinstance(spec, ConvSpec):
         return spec.terms[index].data if index < len(spec.terms) else spec.residual
-    if isinstance(spec, AddSpec):
+    if isinstance(spec, (AddSpec, SumSpec)):
         return spec.operands[index]
-    if isinstance(spec, AvgPoolSpec):
+    if isinstance(spec, (AvgPoolSpec, AverageSpec)):
         return spec.data
     return spec.codes if isinstance(spec, DequantizeSpec) else None
 

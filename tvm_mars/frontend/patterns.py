@@ -12,7 +12,7 @@ reshape and padding on codes rather than on dequantized numbers, clips as ``maxi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import attrs
@@ -23,6 +23,7 @@ from mars_runtime.errors import InputError, UnsupportedError
 
 from .spec import (
     AddSpec,
+    AverageSpec,
     AvgPoolSpec,
     Codes,
     ConvSpec,
@@ -30,9 +31,13 @@ from .spec import (
     MaxPoolSpec,
     Quantizer,
     QuantizeSpec,
+    Requantizer,
+    Rescale,
     ReshapeSpec,
     Spec,
+    SumSpec,
     TermSpec,
+    code_range,
 )
 
 __all__ = [
@@ -46,6 +51,7 @@ __all__ = [
     "Op",
     "Pattern",
     "Value",
+    "composites_of",
     "explain",
     "match",
     "parse",
@@ -56,6 +62,7 @@ Array: TypeAlias = npt.NDArray[Any]
 OPERATORS = (
     "add",
     "avg_pool2d",
+    "cast",
     "clip",
     "conv2d",
     "dequantize",
@@ -67,12 +74,26 @@ OPERATORS = (
     "multiply",
     "pad",
     "permute_dims",
+    "qnn.add",
+    "qnn.conv2d",
+    "qnn.dense",
     "quantize",
     "relu",
+    "requantize",
     "reshape",
 )
 # Operators that a report accounts for one by one.
-CANDIDATES = ("conv2d", "matmul", "max_pool2d", "avg_pool2d", "mean", "add")
+CANDIDATES = (
+    "conv2d",
+    "qnn.conv2d",
+    "matmul",
+    "qnn.dense",
+    "max_pool2d",
+    "avg_pool2d",
+    "mean",
+    "add",
+    "qnn.add",
+)
 
 
 # -- the language ----------------------------------------------------------------------------------
@@ -275,6 +296,76 @@ def _average() -> Pattern:
     """Averages; the native export multiplies before it divides."""
     data = _either(_op("multiply", _map("data"), Const("before")), _map("data"))
     return _either(_op("avg_pool2d", data, capture="op"), _op("mean", data, capture="op"))
+
+
+# Chains of integer operators. A product's arguments are data, weight and the zero points and scales
+# of both; a requantization's are its steps and the scales and zero points of before and after.
+
+_LIMITS = 3  # how many clips, maxima, minima and casts of codes a chain ends with
+
+
+def _constants(*names: str) -> tuple[Const, ...]:
+    return tuple(Const(name) for name in names)
+
+
+def _integer_product(op: str, data: Pattern) -> Op:
+    parameters = _constants("weight0", "data0.zero", "weight0.zero", "data0.scale", "weight0.scale")
+    return _op(op, data, *parameters, capture="op0")
+
+
+def _integer_conv() -> Op:
+    padded = _op("pad", Value("data0"), capture="pad0")
+    return _integer_product("qnn.conv2d", _either(padded, Value("data0")))
+
+
+def _integer_dense() -> Op:
+    return _integer_product("qnn.dense", Value("data0"))
+
+
+def _limited(source: Pattern, name: str, depth: int) -> Pattern:
+    """Limits of integers, and casts that their range allows; the innermost has number 0."""
+    for number in range(depth):
+        capture = f"{name}{number}"
+        source = _either(
+            _op("clip", source, capture=capture),
+            _op("relu", source, capture=capture),
+            _op("maximum", source, Const(f"{capture}.bound"), capture=capture),
+            _op("minimum", source, Const(f"{capture}.bound"), capture=capture),
+            _op("cast", source, capture=capture),
+            source,
+        )
+    return source
+
+
+def _requantized(source: Pattern, limits: int = _LIMITS) -> Pattern:
+    parameters = _constants("in.scale", "in.zero", "out.scale", "out.zero")
+    return _limited(_op("requantize", source, *parameters, capture="out"), "limit", limits)
+
+
+def _integer_chain(product: Op) -> Pattern:
+    return _requantized(_limited(_biased(product, "0"), "before", 2))
+
+
+def _integer_out(product: Op) -> Op:
+    return _op(
+        "dequantize", _biased(product, "0"), *_constants("in.scale", "in.zero"), capture="numbers"
+    )
+
+
+def _integer_sum() -> Pattern:
+    parameters = _constants(
+        "left.scale", "left.zero", "right.scale", "right.zero", "out.scale", "out.zero"
+    )
+    total = _op("qnn.add", Value("left"), Value("right"), *parameters, capture="out")
+    return _limited(total, "limit", _LIMITS)
+
+
+def _integer_average() -> Pattern:
+    parameters = _constants("entry.scale", "entry.zero", "entry.out.scale", "entry.out.zero")
+    entry = _op("requantize", Value("data"), *parameters, capture="entry")
+    data = _either(_op("cast", Value("data")), entry)
+    average = _either(_op("avg_pool2d", data, capture="op"), _op("mean", data, capture="op"))
+    return _either(_requantized(average), _limited(_op("cast", average, capture="as"), "limit", 2))
 
 
 # -- parsing ---------------------------------------------------------------------------------------
@@ -537,13 +628,7 @@ def _parse_avgpool(found: Captures) -> AvgPoolSpec:
         "data_shape": shape,
     }
     if call.op == "mean":
-        axes = sorted(int(axis) % len(data.shape) for axis in call.attrs["axis"] or ())
-        if axes != [2, 3] or len(shape) != 3:
-            raise UnsupportedError(
-                f"a mean over axes {axes} of {data.shape}, MARS averages rows and columns (2, 3)",
-                where=call.name,
-            )
-        whole = (shape[1], shape[2])
+        whole = _averages_whole_maps(call, data)
         return AvgPoolSpec(
             **quantization,
             out_shape=_image(call),
@@ -566,6 +651,258 @@ def _parse_reshape(found: Captures) -> ReshapeSpec:
     if call.shape[:1] != data.shape[:1] and None not in (call.shape[0], data.shape[0]):
         raise UnsupportedError(f"{data.shape} to {call.shape} mixes images", where=call.name)
     return ReshapeSpec(data.dtype, _image(data), _image(call))
+
+
+# -- of integer operators --
+
+
+def _rescale(found: Captures, name: str, axis: int, end: str = "out") -> Rescale:
+    """Parse what a requantization does with incoming steps, whose channels lie along an axis."""
+    out = found[end]
+    scale = _scalars(found[f"{name}.scale"]).astype(np.float64)
+    _require_finite(scale, out.name, "a scale")
+    given = int(out.attrs.get("axis", axis)) % len(out.shape)
+    if scale.size > 1 and given != axis:
+        raise UnsupportedError(
+            f"scales along axis {given}, MARS takes them per channel", where=out.name
+        )
+    out_scale = _scalars(found["entry.out.scale" if end == "entry" else "out.scale"])
+    _require_finite(out_scale, out.name, "a scale")
+    if out_scale.size != 1 or not (scale > 0).all() or not (out_scale > 0).all():
+        raise UnsupportedError(
+            f"requantizes from scale {scale.min():g} to {out_scale.size} scales of at least "
+            f"{out_scale.min():g}, MARS takes one, greater than zero",
+            where=out.name,
+        )
+    return Rescale(
+        scale, float(out_scale[0]), str(out.attrs["rounding"]), str(out.attrs["compute_dtype"])
+    )
+
+
+def _integer_range(dtype: str, where: str) -> tuple[int, int]:
+    try:
+        info = np.iinfo(dtype)
+    except ValueError:
+        raise UnsupportedError(f"a cast to {dtype} in an integer chain", where=where) from None
+    return int(info.min), int(info.max)
+
+
+def _end(found: Captures, numbers: int = _LIMITS) -> tuple[Codes, int, int]:
+    """Parse the codes that a chain ends with, and their limits."""
+    out = found["out"]
+    zero = _scalars(found["out.zero"]).astype(np.int64)
+    dtype, low, high = _code_limits(found, out.dtype, out.name, numbers)
+    return Codes(dtype, _scalars(found["out.scale"]).astype(np.float64), zero), low, high
+
+
+def _code_limits(
+    found: Captures, dtype: str, where: str, numbers: int = _LIMITS
+) -> tuple[str, int, int]:
+    """Follow limits and casts outwards from integers of a type."""
+    low, high = _integer_range(dtype, where)
+    for number in range(numbers):
+        node = found.get(f"limit{number}")
+        if node is None:
+            continue
+        if node.op == "cast":
+            dtype = node.dtype
+            least, greatest = _integer_range(dtype, node.name)
+            if low < least or high > greatest:
+                raise UnsupportedError(
+                    f"codes {low}..{high} are cast to {dtype}, which wraps them", where=node.name
+                )
+            continue
+        floor, ceiling = _bounds(found, f"limit{number}", node)
+        if floor.min() != floor.max() or ceiling.min() != ceiling.max():
+            raise UnsupportedError("limits of codes by channel, MARS has one", where=node.name)
+        low, high = (int(np.clip(x, floor[0], ceiling[0])) for x in (low, high))
+    if code_range(dtype) is None:
+        raise UnsupportedError(f"its result is {dtype}, not codes", where=where)
+    return dtype, low, high
+
+
+def _bounds(found: Captures, name: str, node: Node) -> tuple[Array, Array]:
+    """Give the least and the greatest integer that a clip, maximum or minimum lets through."""
+    floor, ceiling = np.asarray([-(2**31)]), np.asarray([2**31 - 1])
+    if node.op == "relu":
+        return np.asarray([0]), ceiling
+    if node.op == "clip":
+        # Relay keeps the bounds as float64; on integers they are cut off.
+        return np.asarray([int(node.attrs["min"])]), np.asarray([int(node.attrs["max"])])
+    bound = found[f"{name}.bound"]
+    values = _along_channels(bound, node)
+    return (values, ceiling) if node.op == "maximum" else (floor, values)
+
+
+def _along_channels(node: Node, result: Node) -> Array:
+    """Give a constant of one value, or of one for each channel of a result."""
+    rank, channels = len(result.shape), result.shape[1]
+    aligned = (1,) * (rank - len(node.shape)) + tuple(node.shape)
+    if any(size != 1 and (axis != 1 or size != channels) for axis, size in enumerate(aligned)):
+        raise UnsupportedError(
+            f"a constant of shape {node.shape} on {result.shape}, MARS takes one value per channel",
+            where=result.name,
+        )
+    return _scalars(node).astype(np.int64)
+
+
+def _parse_integer_conv(found: Captures) -> ConvSpec:
+    out = found["out"]
+    if _scalars(found["in.zero"]).any():
+        raise UnsupportedError(
+            f"its accumulators have zero point {_scalars(found['in.zero'])[0]}, not 0",
+            where=out.name,
+        )
+    one = _rescale(found, "in", 1)
+    for number in range(2):
+        node = found.get(f"before{number}")
+        if node is None:
+            continue
+        if node.op == "cast":
+            raise UnsupportedError("a cast of its accumulators", where=node.name)
+        floor, ceiling = _bounds(found, f"before{number}", node)
+        one = attrs.evolve(
+            one,
+            floor=np.clip(one.floor, floor, ceiling),
+            ceiling=np.clip(one.ceiling, floor, ceiling),
+        )
+    codes, low, high = _end(found)
+    return ConvSpec(
+        op="dense" if found["op0"].op == "qnn.dense" else "conv2d",
+        terms=(_integer_term(found, one.scale),),
+        quantizer=Requantizer(one, codes, low, high),
+    )
+
+
+def _integer_term(found: Captures, scale: Array) -> TermSpec:
+    """Parse a product of integers; ``scale`` is what a step of its accumulators stands for."""
+    call, data = found["op0"], found["data0"]
+    if call.dtype != "int32":
+        raise UnsupportedError(f"accumulates {call.dtype}, MARS int32", where=call.name)
+    codes = Codes(data.dtype, 1.0, _scalars(found["data0.zero"]).astype(np.int64))
+    node = found["weight0"]
+    assert node.value is not None
+    zero = _scalars(found["weight0.zero"]).astype(np.int16)
+    weight = node.value
+    if zero.any():
+        weight = weight.astype(np.int16) - zero.reshape(-1, *[1] * (weight.ndim - 1))
+    bias, _ = _bias(found, "0", call)
+    window: dict[str, Any] = {}
+    if call.op == "qnn.conv2d":
+        window = {**_window(call), "groups": int(call.attrs["groups"])}
+        window["layout"] = f"{call.attrs['data_layout']}/{call.attrs['kernel_layout']}"
+        if "pad0" in found:
+            window["padding"] = _added(window["padding"], found["pad0"], codes)
+    elif len(data.shape) != 2:
+        raise UnsupportedError(f"a product of shape {data.shape}, not a matrix", where=call.name)
+    return TermSpec(
+        data=codes,
+        data_shape=_image(data),
+        out_shape=_image(call),
+        weight=weight,
+        weight_dtype=node.dtype,
+        weight_scale=scale,
+        bias=bias,
+        bias_scale=None if bias is None else scale,
+        **window,
+    )
+
+
+def _parse_integer_out(found: Captures) -> ConvSpec:
+    if _scalars(found["in.zero"]).any():
+        raise UnsupportedError("its accumulators have a zero point", where=found["numbers"].name)
+    scale = _scalars(found["in.scale"]).astype(np.float64)
+    _require_finite(scale, found["numbers"].name, "a scale")
+    axis = int(found["numbers"].attrs["axis"]) % len(found["numbers"].shape)
+    if scale.size > 1 and axis != 1:
+        raise UnsupportedError(f"scales along axis {axis}", where=found["numbers"].name)
+    return ConvSpec(
+        op="dense" if found["op0"].op == "qnn.dense" else "conv2d",
+        terms=(_integer_term(found, scale),),
+    )
+
+
+def _parse_integer_sum(found: Captures) -> SumSpec:
+    names = [name for name in ("left", "right") if name in found]
+    codes, low, high = _end(found)
+    return SumSpec(
+        operands=tuple(_codes(found, name, found[name].dtype) for name in names),
+        shapes=tuple(_image(found[name]) for name in names),
+        rescales=tuple(_rescale(found, name, 1) for name in names),
+        codes=codes,
+        low=low,
+        high=high,
+    )
+
+
+def _parse_integer_requantize(found: Captures) -> SumSpec:
+    data = found["data"]
+    codes, low, high = _end(found)
+    operand = Codes(
+        data.dtype, _scalars(found["in.scale"]).astype(np.float64), _scalars(found["in.zero"])
+    )
+    rescales = (_rescale(found, "in", 1),)
+    return SumSpec((operand,), (_image(data),), rescales, codes, low, high)
+
+
+def _parse_integer_average(found: Captures) -> AverageSpec:
+    call, data = found["op"], found["data"]
+    if call.dtype != "int32":
+        raise UnsupportedError(f"averages {call.dtype}, not int32", where=call.name)
+    first = "entry" if "entry" in found else "in"
+    codes, entry, requantizer = None, None, None
+    averaged = data.dtype
+    if f"{first}.scale" in found:
+        scale, zero = (_scalars(found[f"{first}.{part}"]) for part in ("scale", "zero"))
+        codes = Codes(data.dtype, scale.astype(np.float64), zero.astype(np.int64))
+    if "entry" in found:
+        entry = _rescale(found, "entry", 1, "entry")
+        averaged = found["entry"].dtype
+    if "out" in found:
+        requantizer = Requantizer(_rescale(found, "in", 1), *_end(found))
+        low, high = _integer_range(averaged, call.name)
+    else:
+        dtype, low, high = _code_limits(found, found["as"].dtype, call.name, 2)
+        if dtype != data.dtype:
+            raise UnsupportedError(f"averages {data.dtype} as {dtype}", where=call.name)
+    return AverageSpec(
+        dtype=data.dtype,
+        data_shape=_image(data),
+        out_shape=_image(call),
+        low=low,
+        high=high,
+        data=codes,
+        entry=entry,
+        entry_zero=int(_scalars(found["entry.out.zero"])[0]) if entry else 0,
+        requantizer=requantizer,
+        **_averaged(call, data),
+    )
+
+
+def _averaged(call: Node, data: Node) -> dict[str, Any]:
+    """Give the windows that an average is taken over."""
+    if call.op != "mean":
+        counts = bool(call.attrs["count_include_pad"])
+        return {
+            **_window(call),
+            "kernel": _pair(call.attrs["pool_size"]),
+            "count_include_pad": counts,
+            "layout": str(call.attrs["layout"]),
+        }
+    whole = _averages_whole_maps(call, data)
+    return {"kernel": whole, "stride": whole, "padding": (0, 0, 0, 0)}
+
+
+def _averages_whole_maps(call: Node, data: Node) -> tuple[int, int]:
+    """Give the rows and columns of the map that a mean is taken over, and refuse other means."""
+    axes = sorted(int(axis) % len(data.shape) for axis in call.attrs["axis"] or ())
+    shape = _image(data)
+    if axes != [2, 3] or len(shape) != 3:
+        raise UnsupportedError(
+            f"a mean over axes {axes} of {data.shape}, MARS averages rows and columns (2, 3)",
+            where=call.name,
+        )
+    return shape[1], shape[2]
 
 
 def _parse_quantize(found: Captures) -> QuantizeSpec:
@@ -608,6 +945,19 @@ class Composite:
     doc: str
     border: bool = False
 
+    @property
+    def operators(self) -> frozenset[str]:
+        """The operators that it mentions."""
+        return frozenset(_mentioned(self.pattern))
+
+
+def _mentioned(pattern: Pattern) -> Iterator[str]:
+    if isinstance(pattern, Op):
+        yield pattern.op
+    parts = pattern.args if isinstance(pattern, Op) else getattr(pattern, "options", ())
+    for part in parts:
+        yield from _mentioned(part)
+
 
 _CONV_OPERANDS = ("data0", "data1", "residual")
 
@@ -631,6 +981,55 @@ def _accumulators(name: str, product: Callable[[str], Op]) -> Iterator[Composite
 
 # In order of priority: a longer chain first.
 COMPOSITES = (
+    Composite(
+        "mars.qnn_conv2d",
+        _integer_chain(_integer_conv()),
+        _parse_integer_conv,
+        _CONV_OPERANDS,
+        "qnn.conv2d, bias, ReLU or clip, qnn.requantize, clip",
+    ),
+    Composite(
+        "mars.qnn_dense",
+        _integer_chain(_integer_dense()),
+        _parse_integer_conv,
+        _CONV_OPERANDS,
+        "qnn.dense, bias, ReLU or clip, qnn.requantize, clip",
+    ),
+    Composite(
+        "mars.qnn_add",
+        _integer_sum(),
+        _parse_integer_sum,
+        ("left", "right"),
+        "qnn.add of two maps, clip",
+    ),
+    Composite(
+        "mars.qnn_avg_pool2d",
+        _integer_average(),
+        _parse_integer_average,
+        ("data",),
+        "average pool or global mean of codes as int32, cast or qnn.requantize, clip",
+    ),
+    Composite(
+        "mars.qnn_conv2d_out",
+        _integer_out(_integer_conv()),
+        _parse_integer_out,
+        _CONV_OPERANDS,
+        "qnn.conv2d, bias, whose accumulators leave as numbers by qnn.dequantize",
+    ),
+    Composite(
+        "mars.qnn_dense_out",
+        _integer_out(_integer_dense()),
+        _parse_integer_out,
+        _CONV_OPERANDS,
+        "qnn.dense, bias, whose accumulators leave as numbers by qnn.dequantize",
+    ),
+    Composite(
+        "mars.qnn_requantize",
+        _requantized(Value("data")),
+        _parse_integer_requantize,
+        ("data",),
+        "qnn.requantize of codes, clip",
+    ),
     Composite(
         "mars.qconv2d",
         _quantized(_whole(_conv)),
@@ -707,6 +1106,19 @@ COMPOSITES = (
         border=True,
     ),
 )
+
+
+def composites_of(operators: Collection[str]) -> tuple[Composite, ...]:
+    """Give the chains of an IR that has these operators, in order of priority.
+
+    Parameters
+    ----------
+    operators : collection of str
+        Names of :data:`OPERATORS`.
+    """
+    return tuple(entry for entry in COMPOSITES if entry.operators <= set(operators))
+
+
 _BY_NAME = {composite.name: composite for composite in COMPOSITES}
 
 
@@ -734,10 +1146,18 @@ def explain(node: Node) -> str:
             if inner.op != "dequantize":
                 return f"its {what} is not quantized (no dequantize before it)"
         return "its parts are also used elsewhere"
+    if node.op in ("qnn.conv2d", "qnn.dense"):
+        if len(node.args) > 1 and node.args[1].op != "const":
+            return "its weight is no constant"
+        return "nothing requantizes its result, or its parts are also used elsewhere"
+    if node.op == "qnn.add":
+        return "its scales and zero points are not all constants"
     if node.op == "add":
         return "its operands are not both quantized, or nothing quantizes the sum"
     if node.op == "max_pool2d":
         return "its input is not quantized"
+    if node.args and node.args[0].op == "cast":
+        return "its result is neither cast to codes nor requantized"
     if not node.args or node.args[0].op != "dequantize":
         return "its input is not quantized (no dequantize before it)"
     return "nothing quantizes its result"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import UnsupportedError
 
 from .lower import check
-from .patterns import CANDIDATES, Composite, Node, parse
+from .patterns import CANDIDATES, Composite, Node, match, parse
 
 __all__ = ["Session", "sums_maps"]
 
@@ -26,16 +28,19 @@ class Session:
             spec, _ = parse(entry.name, node)
             check(spec, self.arch, node.name)
         except UnsupportedError as error:
-            self.reject(node, error.problem)
+            found = match(entry.pattern, node) or {}
+            self.reject(node, error.problem, [found[x] for x in entry.operands if x in found])
             return False
         return True
 
-    def reject(self, node: Node, reason: str) -> None:
-        """Note the first reason for each candidate of a chain."""
+    def reject(self, node: Node, reason: str, operands: Sequence[Node] = ()) -> None:
+        """Note the first reason for each candidate of a chain, down to its operands."""
+        if any(node is operand for operand in operands):
+            return
         if node.op in CANDIDATES:
             self.reasons.setdefault(node.name, reason)
         for arg in node.args:
-            self.reject(arg, reason)
+            self.reject(arg, reason, operands)
 
 
 def sums_maps(node: Node) -> bool:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 __all__ = [
     "AddSpec",
+    "AverageSpec",
     "AvgPoolSpec",
     "Codes",
     "ConvSpec",
@@ -21,8 +22,11 @@ __all__ = [
     "MaxPoolSpec",
     "QuantizeSpec",
     "Quantizer",
+    "Requantizer",
+    "Rescale",
     "ReshapeSpec",
     "Spec",
+    "SumSpec",
     "TermSpec",
 ]
 
@@ -85,6 +89,47 @@ class Quantizer:
 
 
 @attrs.frozen(eq=False)
+class Rescale:
+    """Steps of one grid to the nearest steps of another, as TVM's ``qnn.requantize`` computes it.
+
+    Parameters
+    ----------
+    scale : float64 array
+        What an incoming step stands for (an exact float32 value), one or one per channel.
+    out_scale : float
+        What an outgoing step stands for.
+    rounding : str
+        Where exact halves go: ``UPWARD`` to the greater, ``TONEAREST`` away from zero.
+    compute_dtype : str
+        ``int64``: a multiplier of 31 bits and a shift. ``float32``, ``float64``: a product.
+    floor, ceiling : integer array
+        Limits of the incoming steps, one or one per channel.
+    """
+
+    scale: Array = attrs.field(converter=_one)
+    out_scale: float
+    rounding: str = "UPWARD"
+    compute_dtype: str = "int64"
+    floor: Array = attrs.field(default=-(2**31), converter=_one)
+    ceiling: Array = attrs.field(default=2**31 - 1, converter=_one)
+
+    @property
+    def ratio(self) -> Array:
+        """Outgoing steps for one that comes in."""
+        return np.asarray(self.scale / self.out_scale)
+
+
+@attrs.frozen(eq=False)
+class Requantizer:
+    """The end of a chain of integer operators: ``clip(rescale(steps) + zero_point, low, high)``."""
+
+    rescale: Rescale
+    codes: Codes
+    low: int
+    high: int
+
+
+@attrs.frozen(eq=False)
 class TermSpec:
     """One convolution or dense product, with its bias.
 
@@ -102,6 +147,9 @@ class TermSpec:
         One or one per output channel.
     bias : array, optional
         float32 numbers, or int32 accumulators where ``bias_scale`` is their grid.
+
+    An operator on integers has no scale of its own: its data counts in steps, and ``weight_scale``
+    is what a step of its accumulators stands for to whoever reads them.
     """
 
     data: Codes
@@ -136,7 +184,7 @@ class ConvSpec:
     op: Literal["conv2d", "dense"]
     terms: tuple[TermSpec, ...]
     residual: Codes | None = None
-    quantizer: Quantizer | None = None
+    quantizer: Quantizer | Requantizer | None = None
 
     @property
     def out_shape(self) -> Shape:
@@ -153,6 +201,25 @@ class AddSpec:
     operands: tuple[Codes, ...]
     shapes: tuple[Shape, ...]
     quantizer: Quantizer
+
+    @property
+    def op(self) -> str:
+        """``add`` or ``requantize``."""
+        return "add" if len(self.operands) == 2 else "requantize"
+
+
+@attrs.frozen(eq=False)
+class SumSpec:
+    """Sum of one or two quantized maps, each rounded to steps of the result before it is added."""
+
+    kind: ClassVar[str] = "sum"
+
+    operands: tuple[Codes, ...]
+    shapes: tuple[Shape, ...]
+    rescales: tuple[Rescale, ...]
+    codes: Codes
+    low: int
+    high: int
 
     @property
     def op(self) -> str:
@@ -197,6 +264,35 @@ class AvgPoolSpec:
 
 
 @attrs.frozen(eq=False)
+class AverageSpec:
+    """Average of codes as integers, cut off towards code 0, requantized before or after or neither.
+
+    ``data`` has scale and zero point where a requantization tells them. Padding counts as code 0.
+    ``entry`` gives the integers that are averaged where they are not the codes, with the zero point
+    ``entry_zero``.
+    """
+
+    kind: ClassVar[str] = "average"
+    op: ClassVar[str] = "avg_pool2d"
+
+    dtype: str
+    data_shape: Shape
+    out_shape: Shape
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: Padding
+    low: int
+    high: int
+    count_include_pad: bool = False
+    dilation: tuple[int, int] = (1, 1)
+    layout: str = "NCHW"
+    data: Codes | None = None
+    entry: Rescale | None = None
+    entry_zero: int = 0
+    requantizer: Requantizer | None = None
+
+
+@attrs.frozen(eq=False)
 class ReshapeSpec:
     """Codes in another shape, in the same order; or numbers that leave."""
 
@@ -238,5 +334,13 @@ class DequantizeSpec:
 
 
 Spec: TypeAlias = (
-    ConvSpec | AddSpec | MaxPoolSpec | AvgPoolSpec | ReshapeSpec | QuantizeSpec | DequantizeSpec
+    ConvSpec
+    | AddSpec
+    | SumSpec
+    | MaxPoolSpec
+    | AvgPoolSpec
+    | AverageSpec
+    | ReshapeSpec
+    | QuantizeSpec
+    | DequantizeSpec
 )

@@ -13,6 +13,7 @@ from tvm.relax import dpl
 from ..patterns import Const, Either, Node, Op, Pattern, Value
 
 __all__ = [
+    "OPERATORS",
     "is_constant",
     "operator",
     "origin",
@@ -43,6 +44,7 @@ _NAMES = {
     "relax.reshape": "reshape",
 }
 _RELAX_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+OPERATORS = tuple(_RELAX_NAMES)
 
 _POOL = ("strides", "padding", "dilation", "pool_size", "count_include_pad", "layout")
 _ATTRS = {

@@ -18,11 +18,11 @@ from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import lower
-from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match
+from ..patterns import CANDIDATES, Composite, Node, composites_of, explain, match
 from ..report import Decision, OffloadReport
 from ..session import Session, sums_maps
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions
-from .nodes import operator, origin, rebuild, recall, to_dpl, tree
+from .nodes import OPERATORS, operator, origin, rebuild, recall, to_dpl, tree
 from .normal_form import normal_form
 from .regions import OPTIONS, is_region, name_ports, name_regions, read_region
 from .release import Judge, reads_numbers, release
@@ -59,8 +59,9 @@ def _session(arch: MarsArch) -> Iterator[Session]:
 
 def register_chains() -> None:
     """Register the chains with TVM. The later entry wins there, so the order is turned round."""
+    chains = composites_of(OPERATORS)
     register_patterns(
-        [(entry.name, to_dpl(entry.pattern), {}, _accepts(entry)) for entry in reversed(COMPOSITES)]
+        [(entry.name, to_dpl(entry.pattern), {}, _accepts(entry)) for entry in reversed(chains)]
     )
 
 

@@ -120,7 +120,7 @@ def compile(
     timings: dict[str, float] = {}
     with _timed(timings, "import"):
         mod = import_model(source, shape)
-    with _timed(timings, "partition"):
+    with _timed(timings, "partition"), target:  # by which TVM chooses how it requantizes
         mod = partition_for_mars(mod, **options)
         report = offload_report(mod)
     main = mod["main"]

@@ -12,12 +12,14 @@ from tvm.relay import dataflow_pattern as dfp
 from ..patterns import Const, Either, Node, Op, Pattern, Value
 
 __all__ = [
+    "OPERATORS",
     "has_control_flow",
     "op_name",
     "operator",
     "origin",
     "post_order",
     "recall",
+    "requantization",
     "rewrite",
     "sizes",
     "to_dfp",
@@ -27,6 +29,7 @@ __all__ = [
 
 _NAMES = {
     "add": "add",
+    "cast": "cast",
     "clip": "clip",
     "maximum": "maximum",
     "mean": "mean",
@@ -39,13 +42,22 @@ _NAMES = {
     "nn.max_pool2d": "max_pool2d",
     "nn.pad": "pad",
     "nn.relu": "relu",
+    "qnn.add": "qnn.add",
+    "qnn.conv2d": "qnn.conv2d",
+    "qnn.dense": "qnn.dense",
     "qnn.dequantize": "dequantize",
     "qnn.quantize": "quantize",
+    "qnn.requantize": "requantize",
     "reshape": "reshape",
     "transpose": "permute_dims",
 }
 _RELAY_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 _RELAY_NAMES["mean"] = "mean"
+OPERATORS = tuple(_RELAY_NAMES)
+# What a chain ends in, and what may follow within the chain.
+_ENDS = ("qnn.add", "quantize", "requantize")
+_LIMITS = ("cast", "clip", "maximum", "minimum", "relu")
+_AVERAGES = ("avg_pool2d", "mean")  # of integers that were requantized for it
 # How far a chain reaches: no pattern is deeper.
 _DEPTH = 16
 
@@ -98,11 +110,15 @@ def _attributes(op: str, call: Any) -> dict[str, Any]:
         if op == "avg_pool2d":
             found["count_include_pad"] = given.count_include_pad
         return found
-    if op == "conv2d":
+    if op in ("conv2d", "qnn.conv2d"):
         keys = ("groups", "data_layout", "kernel_layout")
         return {**_window(given), **{key: getattr(given, key) for key in keys}}
     if op in ("dequantize", "quantize"):
         return {"axis": given.axis}
+    if op == "requantize":
+        return {"axis": given.axis, **requantization(given.rounding, given.compute_dtype)}
+    if op == "qnn.add":
+        return requantization()
     if op == "mean":
         axis = (2, 3) if op_name(call) == "nn.global_avg_pool2d" else given.axis
         return {"axis": axis}
@@ -117,6 +133,17 @@ def _attributes(op: str, call: Any) -> dict[str, Any]:
     return {}
 
 
+def requantization(rounding: str = "None", compute_dtype: str = "None") -> dict[str, str]:
+    """Give how TVM requantizes: as an operator says, or by the configuration that holds now."""
+    current = relay.qnn.op.qnn.current_requantize_config()  # empty where nothing was configured
+    default = relay.qnn.op.requantize_config()  # by the current target
+    given = {"rounding": str(rounding), "compute_dtype": str(compute_dtype)}
+    return {
+        name: str(getattr(current, name) or getattr(default, name)) if value == "None" else value
+        for name, value in given.items()
+    }
+
+
 def tree(
     expr: Any, params: Mapping[Any, int] | None = None, *, depth: int = _DEPTH, root: bool = True
 ) -> Node:
@@ -129,7 +156,8 @@ def tree(
     depth : int
         How many calls deep to look.
     root : bool
-        Whether a quantize may be looked through: within a chain it is another one's result.
+        Whether a quantize may be looked through: within a chain it is another one's result, unless
+        only limits or an average follow it.
     """
     name = origin(expr)
     if isinstance(expr, relay.Constant):
@@ -138,12 +166,13 @@ def tree(
     kind = expr.checked_type
     dtype = str(kind.dtype) if isinstance(kind, relay.TensorType) else ""
     op = operator(expr)
-    if op is None or depth == 0 or (op == "quantize" and not root):
+    if op is None or depth == 0 or (op in _ENDS and not root):
         index = (params or {}).get(expr, -1)
         name = str(expr.name_hint) if isinstance(expr, relay.Var) else name
         return Node("value", shape=sizes(expr), dtype=dtype, index=index, name=name)
     given = expr.args[:1] if op == "pad" else expr.args
-    args = [tree(arg, params, depth=depth - 1, root=False) for arg in given]
+    inner = (root and op in _LIMITS) or op in _AVERAGES
+    args = [tree(arg, params, depth=depth - 1, root=inner) for arg in given]
     if op == "matmul":
         args[1] = _transposed(args[1])
     return Node(op, tuple(args), sizes(expr), dtype, _attributes(op, expr), name=name)

@@ -8,7 +8,8 @@ One walk over each function:
 - a quantize of just dequantized codes with the same scale and zero point is those codes (the
   float32 quotient is within half a step of the integer);
 - a reshape of numbers moves behind the clip, multiply and quantize that follow it;
-- a bias is added as any other constant;
+- a bias is added as any other constant, requantized at once if it is to be requantized;
+- a map of one pixel in another layout is a reshape of it, and so is a reshape of a reshape;
 - the result of a dropout is its input.
 
 Nothing here depends on what MARS takes; what it does not take computes the same on the CPU.
@@ -108,10 +109,15 @@ class _Walk:
         moved = self.on_codes(call, name) or self.before_reshape(call)
         if moved is not None:
             return moved
-        shape = _target(call) if name in _RESHAPES else None
+        reshapes = name in _RESHAPES or (name == "layout_transform" and _is_pixel(call))
+        shape = _target(call) if reshapes else None
         if shape is not None:
-            return _Reshaped(self.read(call.args[0]), shape)
+            source = self.values[call.args[0]]
+            base = source.base if isinstance(source, _Reshaped) else self.read(call.args[0])
+            return _Reshaped(base, shape)
         args = [self.read(arg) for arg in call.args]
+        if name == "qnn.requantize" and isinstance(args[0], relay.Constant):
+            return relay.transform.FoldConstantExpr(call, tvm.IRModule(), fold_qnn=True)
         return self.biased(call, args) if name == "nn.bias_add" else recall(call, args)
 
     # -- the rules --
@@ -171,6 +177,11 @@ def _target(call: Any) -> tuple[int, ...] | None:
     if None in shape[1:]:
         return None
     return tuple(-1 if size is None else size for size in shape)
+
+
+def _is_pixel(call: Any) -> bool:
+    """Whether a change of layout moves nothing: all sizes but the batch and one are 1."""
+    return sum(size != 1 for size in sizes(call)[1:]) <= 1
 
 
 def _dtype(expr: Any) -> str:

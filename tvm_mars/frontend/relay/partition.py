@@ -14,10 +14,11 @@ from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import lower
-from ..patterns import CANDIDATES, COMPOSITES, Composite, Node, explain, match
+from ..patterns import CANDIDATES, Composite, Node, composites_of, explain, match
 from ..report import Decision, OffloadReport
 from ..session import Session, sums_maps
 from .nodes import (
+    OPERATORS,
     has_control_flow,
     op_name,
     operator,
@@ -55,7 +56,10 @@ def pattern_table(session: Session | None = None) -> list[tuple[str, Any, Callab
         The machine, and where to note why a chain is refused.
     """
     session = session or Session(CompileOptions().arch)
-    return [(entry.name, to_dfp(entry.pattern), _accepts(entry, session)) for entry in COMPOSITES]
+    return [
+        (entry.name, to_dfp(entry.pattern), _accepts(entry, session))
+        for entry in composites_of(OPERATORS)
+    ]
 
 
 def _accepts(entry: Composite, session: Session) -> Callable[[Any], bool]:
@@ -113,7 +117,7 @@ def partition_for_mars(
     if obstacle:
         _LOG.warning("nothing was offloaded to MARS: %s", obstacle)
         return _labelled(mod, OffloadReport(()), options)
-    mod = _named(normal_form(mod))
+    mod = _named(normal_form(_channels_first(mod)))
     candidates = find_candidates(mod)
     mod = relay.transform.MergeComposite(pattern_table(session))(mod)
     mod = _release(relay.transform.InferType()(mod), _reads_numbers)
@@ -138,6 +142,39 @@ def _bound(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRModule:
         mod["main"] = bind_params_by_name(mod["main"], dict(params))
     passes = [relay.transform.InferType(), relay.transform.FoldConstant()]
     return tvm.transform.Sequential(passes)(mod)
+
+
+# Operators with a layout, and the layouts that MARS takes.
+_LAYOUTS = {
+    "nn.avg_pool2d": ["NCHW"],
+    "nn.conv2d": ["NCHW", "OIHW"],
+    "nn.global_avg_pool2d": ["NCHW"],
+    "nn.max_pool2d": ["NCHW"],
+    "qnn.conv2d": ["NCHW", "OIHW"],
+}
+
+
+def _channels_first(mod: tvm.IRModule) -> tvm.IRModule:
+    """Convert the layout of operators that have another, as TFLite's importer gives them."""
+    calls = [part for part in post_order(mod["main"].body) if op_name(part) in _LAYOUTS]
+    keys = ("data_layout", "layout")
+    layouts = {str(getattr(call.attrs, key)) for call in calls for key in keys if _has(call, key)}
+    if layouts <= {"NCHW"}:
+        return mod
+    passes = [
+        relay.transform.CanonicalizeOps(),  # no layout passes a bias_add
+        relay.transform.InferType(),
+        relay.transform.ConvertLayout(_LAYOUTS),
+        relay.transform.FoldConstant(),
+        relay.transform.InferType(),
+    ]
+    for apply in passes:  # in a Sequential some of them wait for opt_level=3
+        mod = apply(mod)
+    return mod
+
+
+def _has(call: Any, key: str) -> bool:
+    return key in call.attrs.keys()  # noqa: SIM118  (attributes are no mapping)
 
 
 def _obstacle(mod: tvm.IRModule) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import tvm
@@ -14,7 +16,7 @@ from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Call, Region
 from ..patterns import Node, parse
-from .nodes import origin, post_order, sizes, tree
+from .nodes import origin, post_order, requantization, sizes, tree
 
 __all__ = [
     "COMPILER",
@@ -36,6 +38,8 @@ COMPOSITE = "Composite"
 INTERFACE = "mars.interface"
 OPTIONS = "mars.options"
 OUTPUT_NAMES = "mars.output_names"
+# How TVM requantized, where an operator does not say, when the region was made.
+REQUANTIZATION = "mars.requantization"
 
 
 def attribute(holder: Any, name: str) -> Any:
@@ -76,6 +80,15 @@ def read_region(func: relay.Function) -> Region:
     UnsupportedError
         If it holds a chain that MARS does not take, or its inputs have no known shape.
     """
+    stored = attribute(func, REQUANTIZATION)
+    config = nullcontext()
+    if stored is not None:
+        config = relay.qnn.op.requantize_config(**json.loads(str(stored)))
+    with config:
+        return _read(func)
+
+
+def _read(func: relay.Function) -> Region:
     names: dict[Any, str] = {var: str(var.name_hint) for var in func.params}
     params = {names[var]: _entry(var) for var in func.params}
     calls: list[Call] = []
@@ -131,6 +144,7 @@ def name_regions(mod: tvm.IRModule, options: CompileOptions, host: tuple[str, ..
             host,
         )
         func = func.with_attr(INTERFACE, interface.to_json())
+        func = func.with_attr(REQUANTIZATION, json.dumps(requantization()))
         made[call.op] = func.with_attr(OPTIONS, options.to_json())
     for gvar, func in made.items():
         mod.update_func(gvar, func)
