@@ -16,7 +16,8 @@ tvm = pytest.importorskip("tvm")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 import tvm_mars  # noqa: E402
-from tvm_mars.frontend.patterns import Node, Op, composites_of, match, parse  # noqa: E402
+from tvm_mars.frontend.matching import Node, Op, match  # noqa: E402
+from tvm_mars.frontend.patterns import composites_of, parse  # noqa: E402
 from tvm_mars.frontend.relax.api import CompiledModel, import_model  # noqa: E402
 from tvm_mars.frontend.relax.nodes import OPERATORS  # noqa: E402
 from tvm_mars.graph import evaluate  # noqa: E402
@@ -92,7 +93,7 @@ def test_registering_again_does_not_duplicate() -> None:
 def test_matching_tries_other_alternatives() -> None:
     constant = Node("const", value=np.zeros(1), shape=(1,))
     inner = Node("add", (Node("value", index=0), constant))
-    from tvm_mars.frontend.patterns import Const, Either, Value
+    from tvm_mars.frontend.matching import Const, Either, Value
 
     flexible = Either((Value("x"), Op("add", (Value("x"), Const("c")))))
     found = match(Op("relu", (flexible,)), Node("relu", (inner,)))

@@ -10,7 +10,8 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import UnsupportedError
 
 from .lower import check
-from .patterns import CANDIDATES, Composite, Node, match, parse
+from .matching import Composite, Node, match
+from .patterns import CANDIDATES, parse
 
 __all__ = ["Session", "sums_maps"]
 

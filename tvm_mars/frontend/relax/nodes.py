@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 from tvm.relax import dpl
 
-from ..patterns import Const, Either, Node, Op, Pattern, Value
+from ..matching import Const, Either, Node, Op, Pattern, Value
 
 __all__ = [
     "OPERATORS",

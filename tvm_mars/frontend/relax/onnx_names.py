@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from ..patterns import Node
+from ..matching import Node
 
 __all__ = ["onnx_names"]
 

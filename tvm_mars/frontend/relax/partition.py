@@ -18,7 +18,8 @@ from mars_runtime.errors import UnsupportedError
 
 from ...options import CompileOptions
 from ..lower import lower
-from ..patterns import CANDIDATES, Composite, Node, composites_of, explain, match
+from ..matching import Composite, Node, match
+from ..patterns import CANDIDATES, composites_of, explain
 from ..report import Decision, OffloadReport
 from ..session import Session, sums_maps
 from .modules import COMPOSITE, all_bindings, assemble, attribute, model_functions

@@ -13,7 +13,8 @@ from mars_runtime.errors import UnsupportedError
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Call, Region
-from ..patterns import Node, parse
+from ..matching import Node
+from ..patterns import parse
 from .modules import CODEGEN, COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import rebuild, recall, sizes, tree
 

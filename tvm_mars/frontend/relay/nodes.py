@@ -9,7 +9,7 @@ import tvm
 from tvm import relay
 from tvm.relay import dataflow_pattern as dfp
 
-from ..patterns import Const, Either, Node, Op, Pattern, Value
+from ..matching import Const, Either, Node, Op, Pattern, Value
 
 __all__ = [
     "OPERATORS",

@@ -15,7 +15,8 @@ from mars_runtime.errors import UnsupportedError
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Call, Region
-from ..patterns import Node, parse
+from ..matching import Node
+from ..patterns import parse
 from .nodes import origin, post_order, requantization, sizes, tree
 
 __all__ = [
