@@ -111,7 +111,7 @@ def _demo() -> int:
     np.savez(FOLDER / "digits.npz", **{INPUT: images})  # type: ignore[arg-type]
     _say(
         "5. Go on",
-        *_run_again(),
+        f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz",
         f"mars disasm {FOLDER / 'digits.mars'}         the instruction stream",
         f"mars profile {FOLDER / 'digits.mars'} --trace trace.json    for ui.perfetto.dev",
         "mars compile YOUR.onnx -o your.so --dump-offloads -",
@@ -135,15 +135,6 @@ def _onnxruntime(path: Path) -> Engine:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda batch: np.asarray(session.run([OUTPUT], {INPUT: batch})[0])
-
-
-def _run_again() -> list[str]:
-    """Say how to run the library once more; the command runs those of Relax."""
-    from tvm_mars.frontend import adapter
-
-    if adapter().IR == "Relay":
-        return []
-    return [f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz"]
 
 
 def _fixed(images: Array) -> dict[str, Any]:

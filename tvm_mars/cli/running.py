@@ -13,7 +13,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import InputError, Program, UnsupportedError, run
+from mars_runtime import InputError, Program, run
 
 from .base import MarsCommand, write_file
 
@@ -99,13 +99,5 @@ def _run_library(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
         raise InputError("is not compiled", where=path, hint=f"mars compile {path} -o net.so")
     from ..frontend import adapter  # imports TVM
 
-    if adapter().IR != "Relax":
-        raise UnsupportedError(
-            "this TVM builds libraries of Relay, which the command does not run",
-            where=path,
-            hint="run it with tvm.contrib.graph_executor, or the program that mars compile "
-            "--program writes",
-        )
-    from ..frontend.relax.exported import load_library
-
-    return load_library(path).run(arrays)
+    loaded: Mapping[str, npt.NDArray[Any]] = adapter().load_library(path).run(arrays)
+    return loaded

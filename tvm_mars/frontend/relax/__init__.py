@@ -13,6 +13,7 @@ from mars_runtime import tvm_bridge
 
 from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, pipeline
+from .exported import load_library
 from .partition import offload_report, partition_for_mars, register_chains
 from .regions import read_region
 
@@ -21,6 +22,7 @@ __all__ = [
     "CompiledModel",
     "build_for_cpu",
     "compile",
+    "load_library",
     "offload_report",
     "partition_for_mars",
     "pipeline",

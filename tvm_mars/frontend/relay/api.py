@@ -19,9 +19,11 @@ from tvm.contrib import graph_executor
 from mars_runtime.errors import OptionError
 from mars_runtime.program import Program
 
+from ..description import Description
 from ..ports import InputSpec, in_order, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, host_target, whole_program
+from .description import describe
 from .importer import import_model
 from .nodes import sizes
 from .partition import offload_report, partition_for_mars
@@ -36,8 +38,8 @@ class CompiledModel:
 
     Parameters
     ----------
-    library : tvm.relay.backend.executor_factory.GraphExecutorFactoryModule
-        What TVM built.
+    library : GraphExecutorFactoryModule or tvm.runtime.Module
+        What TVM built, or loaded.
     program : Program or None
         What MARS runs; None if nothing was offloaded.
     report : OffloadReport
@@ -132,6 +134,7 @@ def compile(
     context = tvm.transform.PassContext(opt_level=3)
     with collect_programs() as programs, _timed(timings, "build"), context:
         library = relay.build(mod, target=target)
+        describe(library, Description(inputs, output_names, report), target)
     program = whole_program(programs)
     return CompiledModel(library, program, report, inputs, output_names, timings)
 
