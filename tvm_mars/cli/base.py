@@ -90,13 +90,14 @@ def _note_debug(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -
 def assignments(
     _ctx: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
 ) -> dict[str, str]:
-    changes = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{text!r} is not FIELD=VALUE")
-        changes[name.strip()] = value.strip()
-    return changes
+    from mars_runtime.errors import OptionError
+
+    from ..options import read_assignment
+
+    try:
+        return dict(map(read_assignment, given))
+    except OptionError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def input_shapes(

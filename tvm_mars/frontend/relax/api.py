@@ -22,7 +22,7 @@ from mars_runtime.program import Program
 
 from ..description import Description
 from ..onnx_file import input_shapes, read_onnx
-from ..ports import InputSpec, in_order, written_beside
+from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
 from .description import describe
@@ -93,12 +93,7 @@ class CompiledModel:
             If there is no C++ compiler, with which TVM links it.
         """
         target = Path(path)
-        if cc.get_cc() is None:
-            raise UnsupportedError(
-                "TVM links libraries with a C++ compiler, and none is found",
-                where=os.fspath(target),
-                hint="install g++ or clang++, or name one in the environment variable CXX",
-            )
+        require_linker(cc.get_cc(), target)
         with written_beside(target) as built:
             self.executable.export_library(os.fspath(built))
 

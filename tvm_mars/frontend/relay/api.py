@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relay
-from tvm.contrib import graph_executor
+from tvm.contrib import cc, graph_executor
 
 from mars_runtime.errors import OptionError
 from mars_runtime.program import Program
 
 from ..description import Description
-from ..ports import InputSpec, in_order, written_beside
+from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, host_target, whole_program
 from .description import describe
@@ -79,8 +79,16 @@ class CompiledModel:
         return _execute(self._executor[0], self.input_names, arrays)
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
-        with written_beside(Path(path)) as built:
+        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no C++ compiler, with which TVM links it.
+        """
+        target = Path(path)
+        require_linker(cc.get_cc(), target)
+        with written_beside(target) as built:
             self.library.export_library(os.fspath(built))
 
 
