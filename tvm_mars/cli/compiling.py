@@ -68,9 +68,7 @@ def compile_command(
     import tvm_mars
     from mars_runtime.errors import UnsupportedError
 
-    compiled = tvm_mars.compile(
-        model, target="mars", shape=shapes, arch=machine, min_macs=min_macs
-    )
+    compiled = tvm_mars.compile(model, target="mars", shape=shapes, arch=machine, min_macs=min_macs)
     if dump_offloads:
         write_text(str(compiled.report), dump_offloads)
     if program and compiled.program is None:

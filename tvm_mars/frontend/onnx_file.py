@@ -65,6 +65,8 @@ def input_shapes(
         )
         if not fits:
             known = ", ".join(str(size or "N") for size in sizes)
-            raise InputError(f"shape {tuple(shape)}, the model has ({known})", where=f"input {name}")
+            raise InputError(
+                f"shape {tuple(shape)}, the model has ({known})", where=f"input {name}"
+            )
         found[name] = tuple(shape)
     return found

@@ -18,7 +18,7 @@ from tvm.driver.tvmc.target import (
 
 from mars_runtime.errors import OptionError
 
-from ..frontend.relay.codegen import host_target
+from ..frontend.relay.codegen import compiling_for, host_target
 from ..options import CompileOptions, read_assignment
 from .target import CHANGES, DUMP, NAME, mars_options
 
@@ -46,9 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def drive_tune(
-    arguments: argparse.Namespace, original: Callable[[argparse.Namespace], int]
-) -> int:
+def drive_tune(arguments: argparse.Namespace, original: Callable[[argparse.Namespace], int]) -> int:
     """Tune as tvmc does, which is for kernels of TVM's own targets.
 
     Raises
@@ -93,8 +91,7 @@ def drive_compile(
         # The default of an LLVM build need not be the machine that it runs on.
         given = arguments.target_llvm_mtriple
         arguments.target_llvm_mtriple = given or str(host_target().attrs["mtriple"])
-    _check_target(arguments)
-    with mars_options(options):
+    with mars_options(options), compiling_for(_target(arguments)):
         return original(arguments)
 
 
@@ -105,7 +102,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parsed(target: str) -> list[dict[str, Any]]:
-    """Take the text of a target apart; a file or JSON is for TVM to read, and does not hold ours."""
+    """Take the text of a target apart; a file or JSON names TVM's own alone."""
     if Path(target).is_file() or is_inline_json(target):
         return []
     try:
@@ -117,9 +114,7 @@ def _parsed(target: str) -> list[dict[str, Any]]:
 def _check_without_mars(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
     if options:
         option = next(iter(options)).replace("_", "-")
-        raise TVMCException(
-            f"Passed --target-{NAME}-{option} but did not specify {NAME} target"
-        )
+        raise TVMCException(f"Passed --target-{NAME}-{option} but did not specify {NAME} target")
     if arguments.dump_offloads:
         raise TVMCException(
             f"--dump-offloads says what {NAME} takes, and --target does not name it "
@@ -127,10 +122,10 @@ def _check_without_mars(arguments: argparse.Namespace, options: Mapping[str, Any
         )
 
 
-def _check_target(arguments: argparse.Namespace) -> None:
-    """Have the target read once, so that what is wrong is told in a line."""
+def _target(arguments: argparse.Namespace) -> tvm.target.Target:
+    """Give the target beside MARS; what is wrong with it is told in a line."""
     try:
-        target_from_cli(arguments.target, reconstruct_target_args(arguments))
+        return target_from_cli(arguments.target, reconstruct_target_args(arguments))[0]
     except (ValueError, tvm.error.TVMError) as error:
         problem = str(error).strip().rpartition("\n")[2]
         raise TVMCException(f"target {arguments.target!r}: {problem}") from error

@@ -1,4 +1,4 @@
-"""MARS as a target of tvmc: registered in the running process, by whichever way tvmc was started."""
+"""MARS as a target of this process's tvmc, whichever way that was started."""
 
 from __future__ import annotations
 

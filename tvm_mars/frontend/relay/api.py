@@ -22,7 +22,7 @@ from mars_runtime.program import Program
 from ..description import Description
 from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
-from .codegen import collect_programs, host_target, whole_program
+from .codegen import collect_programs, compiling_for, host_target, whole_program
 from .description import describe
 from .importer import import_model
 from .nodes import sizes
@@ -140,7 +140,7 @@ def compile(
         for var in main.params
     )
     context = tvm.transform.PassContext(opt_level=3)
-    with collect_programs() as programs, _timed(timings, "build"), context:
+    with collect_programs() as programs, _timed(timings, "build"), compiling_for(target), context:
         library = relay.build(mod, target=target)
         describe(library, Description(inputs, output_names, report), target)
     program = whole_program(programs)

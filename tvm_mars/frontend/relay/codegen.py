@@ -28,7 +28,14 @@ from ..lower import Lowered, lower
 from .nodes import sizes
 from .regions import INTERFACE, OPTIONS, read_region
 
-__all__ = ["codegen", "collect_programs", "constant_updater", "host_target", "whole_program"]
+__all__ = [
+    "codegen",
+    "collect_programs",
+    "compiling_for",
+    "constant_updater",
+    "host_target",
+    "whole_program",
+]
 
 
 @attrs.frozen(eq=False)
@@ -37,6 +44,7 @@ class _Compiled:
     program: Program
 
 
+_TARGET: ContextVar[tvm.target.Target | None] = ContextVar("mars_relay_target", default=None)
 _PROGRAMS: ContextVar[list[_Compiled] | None] = ContextVar("mars_relay_programs", default=None)
 
 
@@ -103,11 +111,21 @@ def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
     return {}
 
 
+@contextlib.contextmanager
+def compiling_for(target: tvm.target.Target) -> Iterator[None]:
+    """Compile regions for a model's target, which TVM hides from external code generators."""
+    token = _TARGET.set(target)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
 def host_target() -> tvm.target.Target:
-    """Give the target that is compiled for: the current one, or this machine."""
-    current = tvm.target.Target.current(allow_none=True)
-    if current is not None and str(current.kind) == "llvm":
-        return current
+    """Give the target that is compiled for: the model's if it is known, or this machine."""
+    for target in (_TARGET.get(), tvm.target.Target.current(allow_none=True)):
+        if target is not None and str(target.kind) == "llvm":
+            return target
     return tvm.target.Target({"kind": "llvm", "mtriple": sysconfig.get_config_var("HOST_GNU_TYPE")})
 
 

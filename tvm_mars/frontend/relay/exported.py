@@ -57,5 +57,5 @@ def _check_archive(path: str) -> None:
         raise InputError(
             "is a package of tvmc, not a library" if "mod.json" in names else "holds no library",
             where=path,
-            hint="tvmc-mars run reads what tvmc-mars compile wrote; mars run, what mars compile did",
+            hint="tvmc-mars run takes what tvmc-mars compile wrote",
         )
