@@ -7,7 +7,7 @@ import pytest
 
 from python_tests.random_graphs import group_sets, random_inputs
 from tvm_mars.graph import Conv, evaluate, evaluate_values
-from tvm_mars.networks import TABLE_IV, mobilenet_v1, resnet18, resnet20, vgg16
+from tvm_mars.networks import TABLE_IV, mobilenet_v1, mobilenet_v2, resnet18, resnet20, vgg16
 from tvm_mars.onnx_export import check_exact
 
 WHOLE = dict(zip(TABLE_IV, (137, 144, 250, 442, 157, 101, 120), strict=True))

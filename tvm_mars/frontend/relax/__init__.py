@@ -11,7 +11,7 @@ from tvm import relax, target
 
 from mars_runtime import tvm_bridge
 
-from .api import CompiledModel, build_for_cpu, compile
+from .api import CompiledModel, build_for_cpu, compile, import_model
 from .codegen import codegen, pipeline
 from .exported import load_library
 from .partition import offload_report, partition_for_mars, register_chains
@@ -22,6 +22,7 @@ __all__ = [
     "CompiledModel",
     "build_for_cpu",
     "compile",
+    "import_model",
     "load_library",
     "offload_report",
     "partition_for_mars",

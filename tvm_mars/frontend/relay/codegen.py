@@ -7,9 +7,7 @@ compiles regions one by one, so each carries a program of its own, as base64 tex
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -17,16 +15,17 @@ from typing import Any
 
 import attrs
 import tvm
-from tvm import relay, te, tir
+from tvm import relay
 
 from mars_runtime.errors import UnsupportedError
 from mars_runtime.program import Program
 
 from ...options import CompileOptions
 from ..interface import Interface
-from ..lower import Lowered, lower
+from ..lower import lower
 from .nodes import sizes
 from .regions import INTERFACE, OPTIONS, read_region
+from .wrapper import TensorSpec, wrapper
 
 __all__ = [
     "codegen",
@@ -102,8 +101,14 @@ def codegen(func: relay.Function) -> Any:
     collected = _PROGRAMS.get()
     if collected is not None:
         collected.append(_Compiled(interface, program))
-    wrapper = _wrapper(func, lowered, symbol, program.to_bytes())
-    return tvm.build(tvm.IRModule({symbol: wrapper}), target=host_target())
+    caller = wrapper(
+        symbol,
+        program.to_bytes(),
+        inputs=[spec for var in func.params for spec in _specs(var.checked_type)],
+        outputs=_specs(func.body.checked_type),
+        order=lowered.params,
+    )
+    return tvm.build(tvm.IRModule({symbol: caller}), target=host_target())
 
 
 def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
@@ -129,30 +134,7 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target({"kind": "llvm", "mtriple": sysconfig.get_config_var("HOST_GNU_TYPE")})
 
 
-def _wrapper(func: relay.Function, lowered: Lowered, symbol: str, data: bytes) -> tir.PrimFunc:
-    """Give the TensorIR function that hands a region's tensors to the runtime."""
-    digest = hashlib.sha256(data).hexdigest()
-    text = base64.b64encode(data).decode("ascii")
-    params = [
-        te.placeholder(sizes(var), str(var.checked_type.dtype), name=f"x{i}")
-        for i, var in enumerate(func.params)
-    ]
-    kind = func.body.checked_type
-    results = list(kind.fields) if isinstance(kind, relay.TupleType) else [kind]
-
-    def body(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        given = [inputs[index] for index in lowered.params]
-        known = tir.call_packed("mars.runtime.knows", digest)
-        load = tir.Evaluate(tir.call_packed("mars.runtime.load", digest, text))
-        run = tir.call_packed("mars.runtime.run", digest, 0, len(given), *given, *outputs)
-        return tir.SeqStmt([tir.IfThenElse(known == 0, load, None), tir.Evaluate(run)])
-
-    made = te.extern(
-        [[int(size) for size in result.shape] for result in results],
-        params,
-        body,
-        name=symbol,
-        dtype=[str(result.dtype) for result in results],
-    )
-    made = list(made) if isinstance(made, (list, tuple)) else [made]
-    return te.create_prim_func([*params, *made]).with_attr("global_symbol", symbol)
+def _specs(kind: Any) -> list[TensorSpec]:
+    """Give the tensors of a type."""
+    fields = kind.fields if isinstance(kind, relay.TupleType) else [kind]
+    return [TensorSpec(tuple(int(size) for size in f.shape), str(f.dtype)) for f in fields]
