@@ -83,8 +83,9 @@ def drive_compile(
             "tvmc packs an AOT executor for devices without Python, and MARS is simulated in "
             f"Python (compile for {NAME} with --executor graph and -f so)"
         )
-    # tvmc's own report rests on spans, which know neither composites nor reasons.
-    options[DUMP], arguments.dump_offloads = arguments.dump_offloads, ""
+    if arguments.dump_offloads:
+        # tvmc's own report rests on spans, which know neither composites nor reasons.
+        options[DUMP], arguments.dump_offloads = arguments.dump_offloads, ""
     if names == [NAME]:
         arguments.target += ", llvm"
     if not any("mtriple" in entry["opts"] for entry in targets if entry["name"] == "llvm"):
