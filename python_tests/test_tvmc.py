@@ -253,10 +253,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model, its package, and what is none."""
     made = tmp_path_factory.mktemp("compiled")
-    onnx.save(imported_model(SEED, batch=1), made / "net.onnx")
-    onnx.save(imported_model(SEED), made / "open.onnx")
+    onnx.save(float_model(batch=1), made / "net.onnx")
+    onnx.save(float_model(), made / "open.onnx")
     (made / "text").write_text("no archive")
-    np.savez(made / "x.npz", image=np.zeros((1, 3, 8, 8)))
+    np.savez(made / "x.npz", image=np.zeros((1, 3, 8, 9)))
     np.savez(made / "other.npz", picture=np.zeros(3))
     assert main(["compile", str(made / "net.onnx"), "-o", str(made / "net.tar")]) == 0
     return made
@@ -267,8 +267,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("compile none.onnx", "Input file 'none.onnx' doesn't exist"),
         ("compile open.onnx", "--input-shapes"),
-        ("compile open.onnx --input-shapes image:[-1,3,6,6]", "a size is open"),
-        ("compile open.onnx --input-shapes image:[1,4,6,6]", "the model has (N, 3, 6, 6)"),
+        ("compile open.onnx --input-shapes image:[-1,3,8,8]", "a size is open"),
+        ("compile open.onnx --input-shapes image:[1,4,8,8]", "the model has (N, 3, 8, 8)"),
         ("compile net.onnx --target-mars-arch mars-dens", "did you mean mars-dense"),
         ("compile net.onnx --target-mars-set coers=2", "did you mean cores"),
         ("compile net.onnx --target-mars-min-macs few", "'few' is not an integer"),
@@ -289,7 +289,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("run text", "Could not read model from archive text"),
         ("run net.tar -i none.npz", "none.npz: No such file"),
         ("run net.tar -i text", "is not an .npz file"),
-        ("run net.tar -i x.npz", "shape (1, 3, 8, 8), expected (1, 3, 6, 6)"),
+        ("run net.tar -i x.npz", "shape (1, 3, 8, 9), expected (1, 3, 8, 8)"),
         ("run net.tar -i other.npz", "no such input (did you mean image?)"),
         ("run net.tar --outputs nowhere/y.npz", "nowhere/y.npz: No such file"),
     ],
