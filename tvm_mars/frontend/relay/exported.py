@@ -51,8 +51,8 @@ def _check_archive(path: str) -> None:
             names = archive.getnames()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=path) from None
-    except tarfile.ReadError as error:
-        raise InputError(f"is no archive: {error}", where=path, hint=WRITTEN_BY) from None
+    except tarfile.ReadError:
+        raise InputError("is no archive", where=path, hint=WRITTEN_BY) from None
     if not any(Path(name).suffix == ".o" for name in names):
         raise InputError(
             "is a package of tvmc, not a library" if "mod.json" in names else "holds no library",
