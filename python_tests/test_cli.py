@@ -205,6 +205,15 @@ def test_main_gives_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: " in capsys.readouterr().err
 
 
+def test_tvmc_needs_a_tvm_that_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from tvm_mars import tvmc
+
+    if tvmc._is_there():
+        pytest.skip("this TVM has tvmc")
+    assert tvmc.main(["compile", "net.onnx"]) == tvmc.NO_TVMC
+    assert "use mars compile and mars run" in capsys.readouterr().err
+
+
 # -- run -------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ NO_TVMC = 5  # as tvmc's own code where a package that it needs is missing
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
-    if importlib.util.find_spec("tvm") is None or importlib.util.find_spec("tvm.driver") is None:
+    if not _is_there():
         sys.stderr.write(
             "Error: the installed TVM has no tvmc, which needs Relay (use mars compile and "
             "mars run, or install tvm-mars[relay] under CPython 3.10)\n"
@@ -33,3 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     extend()
     return int(_main(list(sys.argv[1:] if arguments is None else arguments)) or 0)
+
+
+def _is_there() -> bool:
+    """Tell whether the installed TVM has a tvmc."""
+    try:
+        return importlib.util.find_spec("tvm.driver.tvmc") is not None
+    except ModuleNotFoundError as missing:  # finding a module imports those around it
+        if missing.name is None or missing.name.partition(".")[0] != "tvm":
+            raise
+        return False
