@@ -30,7 +30,7 @@ $(RELAY_READY): pyproject.toml constraints-relay.txt
 	  || { echo "make: TVM with Relay needs CPython 3.10, and $(or $(PYTHON310),none) was found on PATH or" \
 	       "in pyenv; install it (pyenv install 3.10) or say make PYTHON310=/path/to/python3.10 ..." >&2; exit 1; }
 	"$(PYTHON310)" -m venv $(RELAY_VENV)
-	$(RELAY_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-relay.txt -e ".[relay,demo]" pytest
+	$(RELAY_BIN)/python -m pip install -q --disable-pip-version-check -c constraints-relay.txt -e ".[relay,demo]" pytest pytest-xdist
 	@touch $@
 
 demo: $(READY)  ## Compile a trained network for MARS, run it on the simulated chip, say what it cost
@@ -67,8 +67,8 @@ has-python310:
 	@test -n "$(PYTHON310)"
 
 test-relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
-	$(RELAY_BIN)/python -m pytest python_tests/test_relay*.py python_tests/test_frontends.py \
-	  python_tests/test_rescale.py
+	$(RELAY_BIN)/python -m pytest -n auto --dist worksteal python_tests/test_relay*.py \
+	  python_tests/test_frontends.py python_tests/test_rescale.py python_tests/test_tvmc.py
 
 clean:  ## Remove the virtual environments and caches
 	rm -rf $(VENV) $(RELAY_VENV) .pytest_cache .mypy_cache .ruff_cache

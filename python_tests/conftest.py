@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,15 +50,24 @@ def first_seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Compare a text with ``golden/<name>``, or write it under ``--update-golden``."""
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Compare a text with ``golden/<name>``, or write it under ``--update-golden``.
 
-    def compare(name: str, text: str) -> None:
+    With ``entry``, the text is one of many of a JSON file.
+    """
+
+    def compare(name: str, text: str, entry: str | None = None) -> None:
         path = GOLDEN / name
         if request.config.getoption("--update-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text if entry is None else _with_entry(path, entry, text))
         assert path.exists(), f"{path} is missing: run pytest --update-golden and review it"
-        assert text == path.read_text(encoding="utf-8")
+        found = path.read_text(encoding="utf-8")
+        assert text == (found if entry is None else json.loads(found).get(entry))
 
     return compare
+
+
+def _with_entry(path: Path, entry: str, text: str) -> str:
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json.dumps({**entries, entry: text}, indent=1, sort_keys=True) + "\n"

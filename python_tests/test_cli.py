@@ -126,6 +126,8 @@ def test_wrong_command_lines_are_2() -> None:
     assert spawn("arch", "--set", "cores").returncode == 2
     assert spawn("arch", "--json", "--toml").returncode == 2
     assert spawn("compile", "net.onnx").returncode == 2
+    shapes = spawn("compile", "net.onnx", "-o", "net.so", "--input-shapes", "x0:[1,3] y[2]")
+    assert shapes.returncode == 2 and "'y[2]' is not NAME:[SIZE" in shapes.stderr
 
 
 def test_errors_are_1_with_the_remedy_and_no_traceback(tmp_path: Path) -> None:
@@ -203,6 +205,15 @@ def test_main_gives_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["arch", "nowhere"]) == 1
     assert main(["nothing"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_tvmc_needs_a_tvm_that_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from tvm_mars import tvmc
+
+    if tvmc._is_there():
+        pytest.skip("this TVM has tvmc")
+    assert tvmc.main(["compile", "net.onnx"]) == tvmc.NO_TVMC
+    assert "use mars compile and mars run" in capsys.readouterr().err
 
 
 # -- run -------------------------------------------------------------------------------------------

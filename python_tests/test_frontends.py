@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,8 +13,10 @@ import onnx
 import pytest
 
 from python_tests.onnx_models import imported_model
+from python_tests.random_graphs import random_graph
 from tvm_mars.frontend.lower import lower
 from tvm_mars.graph import Graph
+from tvm_mars.networks import mobilenet_v1, mobilenet_v2, resnet18, vgg16
 from tvm_mars.onnx_export import to_onnx
 from tvm_mars.options import CompileOptions
 from tvm_mars.zoo import load_digits
@@ -29,11 +32,7 @@ SEEDS = range(8)
 def graph_of(model: onnx.ModelProto) -> Graph:
     """Lower a model that MARS must take whole."""
     ir = adapter()
-    if ir.__name__.endswith("relay"):
-        from tvm_mars.frontend.relay.importer import import_model
-    else:
-        from tvm_mars.frontend.relax.api import import_model
-    mod = tvm_mars.partition_for_mars(import_model(model))
+    mod = tvm_mars.partition_for_mars(ir.import_model(model))
     report = tvm_mars.offload_report(mod)
     assert not report.rejected and not report.host_operators and report.regions == 1, str(report)
     (region,) = [
@@ -67,6 +66,32 @@ def test_graphs_of_imported_networks(golden: Callable[[str, str], None]) -> None
     """The same file's graph is the same through Relax and through Relay: both compare with this."""
     lines = [f"imported {seed} {digest(graph_of(imported_model(seed, batch=2)))}" for seed in SEEDS]
     golden("frontend_graphs.txt", "\n".join(lines) + "\n")
+
+
+NETWORKS: dict[str, Callable[[], Graph]] = {
+    "digits": load_digits,
+    "mobilenet v1": mobilenet_v1,
+    "mobilenet v2": mobilenet_v2,
+    "resnet18": resnet18,
+    "vgg16": vgg16,
+    **{f"random {seed}": partial(random_graph, seed, native=True) for seed in range(50)},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_programs(name: str, golden: Callable[..., None]) -> None:
+    """The program that the default machine gets is the same, byte for byte, through either IR.
+
+    Both compare with one file. The graph's digest in it tells whether it was the same network.
+    """
+    graph = NETWORKS[name]()
+    shapes = {entry.name: (1, *entry.shape) for entry in graph.inputs}
+    compiled = tvm_mars.compile(to_onnx(graph), shape=shapes)
+    report, program = compiled.report, compiled.program
+    assert program is not None and report.regions == len(program.regions) == 1
+    assert report.offloaded and not report.rejected and not report.host_operators, str(report)
+    found = hashlib.sha256(program.to_bytes()).hexdigest()
+    golden("frontend_programs.json", f"{digest(graph)[:16]} {found}", entry=name)
 
 
 def test_the_digest_sees_a_weight() -> None:

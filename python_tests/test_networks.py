@@ -7,7 +7,7 @@ import pytest
 
 from python_tests.random_graphs import group_sets, random_inputs
 from tvm_mars.graph import Conv, evaluate, evaluate_values
-from tvm_mars.networks import TABLE_IV, mobilenet_v1, resnet18, resnet20, vgg16
+from tvm_mars.networks import TABLE_IV, mobilenet_v1, mobilenet_v2, resnet18, resnet20, vgg16
 from tvm_mars.onnx_export import check_exact
 
 WHOLE = dict(zip(TABLE_IV, (137, 144, 250, 442, 157, 101, 120), strict=True))
@@ -55,6 +55,8 @@ def test_forward_check_of_compute_cycles(bits, accesses, closed, whole):
         (resnet20(), 40.8e6),
         (mobilenet_v1(), 175.6e6),
         (mobilenet_v1(size=224, classes=1000), 568.7e6),
+        (mobilenet_v2(), 88.0e6),
+        (mobilenet_v2(size=224, classes=1000), 300.8e6),
     ],
     ids=[
         "vgg16",
@@ -64,6 +66,8 @@ def test_forward_check_of_compute_cycles(bits, accesses, closed, whole):
         "resnet20",
         "mobilenet",
         "mobilenet-224",
+        "mobilenet-v2",
+        "mobilenet-v2-224",
     ],
 )
 def test_networks_have_their_size_and_export_exactly(graph, macs):

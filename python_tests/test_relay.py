@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mars_runtime.errors import InputError, OptionError, UnsupportedError
+from mars_runtime.errors import InputError, OptionError, ProgramError, UnsupportedError
 from python_tests.onnx_models import ModelWriter, float_model, imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
 from tvm_mars.compiler import NamedGraph, build
@@ -32,7 +33,7 @@ from tvm.contrib import graph_executor  # noqa: E402
 
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.lower import lower  # noqa: E402
-from tvm_mars.frontend.relay import build_for_cpu, read_region  # noqa: E402
+from tvm_mars.frontend.relay import build_for_cpu, load_library, read_region  # noqa: E402
 from tvm_mars.frontend.relay.codegen import host_target  # noqa: E402
 from tvm_mars.frontend.relay.importer import import_model  # noqa: E402
 from tvm_mars.frontend.relay.regions import regions  # noqa: E402
@@ -261,6 +262,82 @@ def test_weights_are_not_exported_twice() -> None:
     assert not compiled.library.get_params()
 
 
+# -- other executors -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split() -> tuple[Any, dict[str, Any], Any]:
+    """A partitioned model of two regions, its inputs, and its result by the graph executor."""
+    model = split_model()
+    inputs = model_inputs(model, SEED, images=1)
+    mod = tvm_mars.partition_for_mars(import_model(model))
+    assert tvm_mars.offload_report(mod).host_operators == ("sigmoid",) and len(regions(mod)) == 2
+    (expected,) = run(relay.build(mod, target=tvm.target.Target("mars")), inputs)
+    return mod, inputs, expected
+
+
+def test_the_virtual_machine(split: tuple[Any, dict[str, Any], Any], tmp_path: Path) -> None:
+    mod, inputs, expected = split
+    executable = relay.vm.compile(mod, target=tvm.target.Target("mars"))
+    executable.mod.export_library(str(tmp_path / "net.so"))
+    loaded = tvm.runtime.load_module(str(tmp_path / "net.so"))
+    for code in (executable, loaded):
+        machine = tvm.runtime.vm.VirtualMachine(code, tvm.cpu())
+        found = machine.invoke("main", **inputs)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    for wrong in (inputs["image"][:, :, :-1], inputs["image"].astype(np.float64)):
+        with pytest.raises(tvm.error.TVMError, match="is not a compact float32 tensor"):
+            machine.invoke("main", np.ascontiguousarray(wrong))
+
+
+def test_the_executor_ahead_of_time(split: tuple[Any, dict[str, Any], Any], tmp_path: Path) -> None:
+    """It passes bare data to a region, without shape or type."""
+    from tvm.relay.backend import Executor, Runtime
+    from tvm.runtime.executor import AotModule
+
+    mod, inputs, expected = split
+    library = relay.build(
+        mod,
+        target=tvm.target.Target("mars"),
+        executor=Executor("aot", {"interface-api": "packed"}),
+        runtime=Runtime("cpp"),
+    )
+    library.export_library(str(tmp_path / "net.so"))
+    loaded = tvm.runtime.load_module(str(tmp_path / "net.so"))
+    executor = AotModule(loaded["default"](tvm.cpu()))
+    executor.set_input("image", tvm.nd.array(inputs["image"]))
+    executor.run()
+    np.testing.assert_array_equal(executor.get_output(0).numpy(), expected)
+
+
+def test_regions_are_compiled_for_the_models_target() -> None:
+    target = "llvm -mtriple=aarch64-linux-gnu"
+    compiled = tvm_mars.compile(imported_model(SEED, batch=1), target=target)
+    assert compiled.report.regions == 1 and not compiled.report.rejected
+
+    def triples(module: Any) -> list[str]:
+        own = re.findall('^target triple = "(.*)"', source(module), re.MULTILINE)
+        return own + [name for inner in module.imported_modules for name in triples(inner)]
+
+    def source(module: Any) -> str:
+        return module.get_source("ll") if module.type_key == "llvm" else ""
+
+    found = triples(compiled.library.get_lib())
+    assert len(found) >= 2 and set(found) == {"aarch64-linux-gnu"}
+
+
+def test_regions_carry_their_own_options() -> None:
+    """What a module was partitioned with compiles it, wherever that happens."""
+    from tvm_mars.frontend.relay.codegen import collect_programs
+
+    model = imported_model(SEED, batch=1)
+    with collect_programs() as programs:
+        for arch in ("mars-80b", "mars-dense"):
+            mod = tvm_mars.partition_for_mars(import_model(model), arch=arch)
+            relay.build(mod, target=tvm.target.Target("mars"))
+    assert [piece.program.arch.name for piece in programs] == ["mars-80b", "mars-dense"]
+
+
 # -- exporting -------------------------------------------------------------------------------------
 
 
@@ -315,6 +392,65 @@ def test_a_fresh_process_runs_what_was_exported(tmp_path: Path, suffix: str) -> 
         timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT / "runtime")},
     )
+
+
+@pytest.mark.parametrize("suffix", ["so", "tar"])
+def test_the_command_line(suffix: str, tmp_path: Path) -> None:
+    """``mars compile``, then ``mars run`` on the library and on the program."""
+    from click.testing import CliRunner
+
+    from tvm_mars.cli import mars
+
+    def call(*arguments: object) -> Any:
+        return CliRunner().invoke(mars, [str(argument) for argument in arguments])
+
+    model = imported_model(SEED)
+    inputs = model_inputs(model, SEED)
+    onnx.save(model, tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", **inputs)
+    library, program = tmp_path / f"net.{suffix}", tmp_path / "net.mars"
+    compiling = ("compile", tmp_path / "net.onnx", "-o", library, "--program", program)
+    without = call(*compiling)
+    assert without.exit_code == 1 and '--input-shapes "image:[...]"' in without.stderr
+    sizes = f"image:{list(inputs['image'].shape)}"
+    compiled = call(*compiling, "--input-shapes", sizes, "--dump-offloads", "-")
+    assert compiled.exit_code == 0, compiled.stderr
+    assert "9 of 9 operators on MARS, in 1 region(s)" in compiled.stdout
+    found = []
+    for made in (library, program):
+        ran = call("run", made, "-i", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
+        assert ran.exit_code == 0, ran.stderr
+        with np.load(tmp_path / "y.npz") as results:
+            assert results.files == ["logits"]
+            found.append(results["logits"])
+    np.testing.assert_array_equal(*found)
+    np.savez(tmp_path / "x.npz", image=inputs["image"][:1])
+    ran = call("run", library, "-i", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
+    assert ran.exit_code == 1 and "shape (1, 3, 6, 6), expected (2, 3, 6, 6)" in ran.stderr
+
+
+def test_other_files_are_no_libraries(tmp_path: Path) -> None:
+    for name, data, problem in (
+        ("empty.so", b"", "is empty"),
+        ("text.so", b"no library" * 100, "is no library"),
+        ("text.tar", b"no archive" * 100, "is no archive"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises((InputError, ProgramError), match=f"{name}: {problem}.*mars compile"):
+            load_library(tmp_path / name)
+    with tarfile.open(tmp_path / "package.tar", "w") as archive:
+        for name in ("mod.so", "mod.json"):
+            (tmp_path / name).touch()
+            archive.add(tmp_path / name, name)
+    with pytest.raises(InputError, match="is a package of tvmc"):
+        load_library(tmp_path / "package.tar")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_library(tmp_path / "none.so")
+    mod = tvm_mars.partition_for_mars(import_model(imported_model(SEED, batch=1)))
+    bare = relay.build(mod, target=tvm.target.Target("mars"))
+    bare.export_library(str(tmp_path / "bare.so"))
+    with pytest.raises(InputError, match="does not say its inputs and outputs"):
+        load_library(tmp_path / "bare.so")
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def _large(data: str | None) -> bool:
 def _go_on() -> None:
     _say(
         "6. Go on",
-        *_run_again(),
+        f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz",
         f"mars disasm {FOLDER / 'digits.mars'}         the instruction stream",
         f"mars profile {FOLDER / 'digits.mars'} --trace trace.json    for ui.perfetto.dev",
         "mars compile YOUR.onnx -o your.so --dump-offloads -",
@@ -196,15 +196,6 @@ def _onnxruntime(path: Path) -> Engine:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda batch: np.asarray(session.run([OUTPUT], {INPUT: batch})[0])
-
-
-def _run_again() -> list[str]:
-    """Say how to run the library once more; the command runs those of Relax."""
-    from tvm_mars.frontend import adapter
-
-    if adapter().IR == "Relay":
-        return []
-    return [f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz"]
 
 
 def _fixed(images: Array) -> dict[str, Any]:

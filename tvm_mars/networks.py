@@ -35,7 +35,7 @@ from .graph import (
     window_size,
 )
 
-__all__ = ["TABLE_IV", "Density", "mobilenet_v1", "resnet18", "resnet20", "vgg16"]
+__all__ = ["TABLE_IV", "Density", "mobilenet_v1", "mobilenet_v2", "resnet18", "resnet20", "vgg16"]
 
 #: Share of non-zero group-sets by input and output channels: VGG16 on CIFAR-10 (Table IV).
 TABLE_IV: Mapping[tuple[int, int], float] = {
@@ -150,6 +150,44 @@ def mobilenet_v1(
     for channels, stride in zip(widths, strides, strict=True):
         value = net.conv(value, net.shape(value)[0], stride=stride, depthwise=True)
         value = net.conv(value, channels, kernel=1)
+    return net.classify(net.global_pool(value), classes)
+
+
+def mobilenet_v2(
+    density: Density = 0.3,
+    *,
+    size: int = 32,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    classes: int = 10,
+    seed: int = 0,
+) -> Graph:
+    """Build MobileNet v2: inverted residuals; ``density`` is that of their pointwise convolutions.
+
+    Where the original's bottlenecks are linear, these requantize to unsigned codes, as every map of
+    MARS does. Below 128 pixels the stem and the first reduction keep the size.
+    """
+    large = size >= 128
+    net = _Network(density, weight_bits, activation_bits, seed)
+    value = net.conv(net.input(3, size, size), 32, stride=2 if large else 1, full=True)
+    stages = [
+        (1, 16, 1, 1),
+        (6, 24, 2, 2 if large else 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ]
+    for expansion, channels, blocks, stride in stages:
+        for i in range(blocks):
+            start, given = value, net.shape(value)[0]
+            if expansion > 1:
+                value = net.conv(value, expansion * given, kernel=1)
+            inner = net.shape(value)[0]
+            value = net.conv(value, inner, stride=1 if i else stride, depthwise=True)
+            value = net.conv(value, channels, kernel=1, residual=start if i else None)
+    value = net.conv(value, 1280, kernel=1)
     return net.classify(net.global_pool(value), classes)
 
 

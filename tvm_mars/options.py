@@ -13,7 +13,7 @@ import attrs
 from mars_runtime.arch import MarsArch, load_arch
 from mars_runtime.errors import OptionError
 
-__all__ = ["CompileOptions"]
+__all__ = ["CompileOptions", "read_assignment"]
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -90,6 +90,20 @@ class CompileOptions:
     def from_json(cls, text: str) -> CompileOptions:
         """Read what :meth:`to_json` wrote."""
         return cls.from_mapping(json.loads(text))
+
+
+def read_assignment(text: str) -> tuple[str, str]:
+    """Read ``FIELD=VALUE``, as command lines take it.
+
+    Raises
+    ------
+    OptionError
+        If the text has another form.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise OptionError(f"{text!r} is not FIELD=VALUE")
+    return name.strip(), value.strip()
 
 
 def _brief(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,7 +14,15 @@ import click
 if TYPE_CHECKING:
     from mars_runtime import MarsArch
 
-__all__ = ["MarsCommand", "arch_options", "read_arch", "set_option", "write_file", "write_text"]
+__all__ = [
+    "MarsCommand",
+    "arch_options",
+    "input_shapes",
+    "read_arch",
+    "set_option",
+    "write_file",
+    "write_text",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -81,14 +90,32 @@ def _note_debug(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -
 def assignments(
     _ctx: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
 ) -> dict[str, str]:
-    changes = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{text!r} is not FIELD=VALUE")
-        changes[name.strip()] = value.strip()
-    return changes
+    from mars_runtime.errors import OptionError
 
+    from ..options import read_assignment
+
+    try:
+        return dict(map(read_assignment, given))
+    except OptionError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def input_shapes(
+    _ctx: click.Context, _parameter: click.Parameter, given: str | None
+) -> dict[str, tuple[int, ...]]:
+    """Read shapes of inputs as tvmc writes them: ``x:[1,3,32,32] y:[1,10]``."""
+    found = {}
+    rest = (given or "").strip()
+    while rest:
+        entry = _SHAPE.match(rest)
+        if entry is None:
+            raise click.BadParameter(f"{rest!r} is not NAME:[SIZE,SIZE,...]")
+        found[entry["name"]] = tuple(int(size) for size in entry["sizes"].split(","))
+        rest = rest[entry.end() :]
+    return found
+
+
+_SHAPE = re.compile(r"(?P<name>[^\s\[]+):\s*\[(?P<sizes>\s*\d+\s*(,\s*\d+\s*)*)\]\s*")
 
 _set_option = click.option(
     "--set",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .base import MarsCommand, arch_options, read_arch, write_file, write_text
+from .base import MarsCommand, arch_options, input_shapes, read_arch, write_file, write_text
 
 __all__ = ["compile_command"]
 
@@ -17,6 +17,13 @@ __all__ = ["compile_command"]
 @click.argument("model", metavar="MODEL.onnx")
 @click.option("-o", "--output", metavar="OUT.so", help="Shared library to write: the whole model.")
 @click.option("--program", metavar="OUT.mars", help="Program to write: MARS's part of the model.")
+@click.option(
+    "--input-shapes",
+    "shapes",
+    metavar='"NAME:[N,C,H,W] ..."',
+    callback=input_shapes,
+    help="Shapes of inputs that the model leaves open; TVM with Relay needs the batch as well.",
+)
 @arch_options
 @click.option(
     "--min-macs",
@@ -35,6 +42,7 @@ def compile_command(
     model: str,
     output: str | None,
     program: str | None,
+    shapes: dict[str, tuple[int, ...]],
     arch: str,
     changes: dict[str, str],
     min_macs: int,
@@ -60,7 +68,7 @@ def compile_command(
     import tvm_mars
     from mars_runtime.errors import UnsupportedError
 
-    compiled = tvm_mars.compile(model, target="mars", arch=machine, min_macs=min_macs)
+    compiled = tvm_mars.compile(model, target="mars", shape=shapes, arch=machine, min_macs=min_macs)
     if dump_offloads:
         write_text(str(compiled.report), dump_offloads)
     if program and compiled.program is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import InputError, Program, UnsupportedError, run
+from mars_runtime import InputError, Program, run
 
+from ..frontend.ports import read_arrays
 from .base import MarsCommand, write_file
 
 __all__ = ["run_command"]
@@ -46,7 +46,7 @@ def run_command(model: str, source: str, output: str) -> None:
       mars run net.so --inputs x.npz -o y.npz
       python -c "import numpy; print(numpy.load('y.npz')['y0'].argmax(1))"
     """
-    arrays = _read(source)
+    arrays = read_arrays(source)
     results = (
         _run_program(model, arrays) if model.endswith(".mars") else _run_library(model, arrays)
     )
@@ -55,22 +55,6 @@ def run_command(model: str, source: str, output: str) -> None:
     write_file(output, buffer.getvalue())
     shapes = ", ".join(f"{name} {array.shape}" for name, array in results.items())
     click.echo(f"wrote {output}: {shapes}", err=True)
-
-
-def _read(path: str) -> Arrays:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError("is not an .npz file", where=path, hint="write it by numpy.savez")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except InputError:
-        raise
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        # numpy's own message proposes to unpickle.
-        raise InputError(
-            "is not an .npz file of plain arrays", where=path, hint="write it by numpy.savez"
-        ) from None
 
 
 def _run_program(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
@@ -99,13 +83,5 @@ def _run_library(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
         raise InputError("is not compiled", where=path, hint=f"mars compile {path} -o net.so")
     from ..frontend import adapter  # imports TVM
 
-    if adapter().IR != "Relax":
-        raise UnsupportedError(
-            "this TVM builds libraries of Relay, which the command does not run",
-            where=path,
-            hint="run it with tvm.contrib.graph_executor, or the program that mars compile "
-            "--program writes",
-        )
-    from ..frontend.relax.exported import load_library
-
-    return load_library(path).run(arrays)
+    loaded: Mapping[str, npt.NDArray[Any]] = adapter().load_library(path).run(arrays)
+    return loaded

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime.errors import InputError
+from mars_runtime.errors import InputError, UnsupportedError
 
-__all__ = ["InputSpec", "in_order", "written_beside"]
+__all__ = [
+    "InputSpec",
+    "checked",
+    "in_order",
+    "read_arrays",
+    "require_known",
+    "require_linker",
+    "written_beside",
+]
 
 
 @attrs.frozen
@@ -38,17 +47,33 @@ def in_order(
     InputError
         If an array is missing or unknown, or of another shape or dtype.
     """
-    names = [entry.name for entry in specs]
+    require_known([entry.name for entry in specs], inputs)
+    return [checked(entry, inputs) for entry in specs]
+
+
+def require_known(names: Sequence[str], inputs: Iterable[str]) -> None:
+    """Check that all inputs that are given are a model's.
+
+    Raises
+    ------
+    InputError
+        If one is not.
+    """
     unknown = sorted(set(inputs) - set(names))
     if unknown:
         near = difflib.get_close_matches(unknown[0], names, 3, 0.0)
-        raise InputError(
-            "no such input", where=f"input {unknown[0]}", hint=f"did you mean {near[0]}?"
-        )
-    return [_checked(entry, inputs) for entry in specs]
+        hint = f"did you mean {near[0]}?" if near else "the model takes none"
+        raise InputError("no such input", where=f"input {unknown[0]}", hint=hint)
 
 
-def _checked(entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArray[Any]:
+def checked(entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArray[Any]:
+    """Give one input's array.
+
+    Raises
+    ------
+    InputError
+        If it is missing, or of another shape or dtype.
+    """
     where = f"input {entry.name}"
     if entry.name not in inputs:
         raise InputError(f"missing; given are {sorted(inputs)}", where=where)
@@ -66,6 +91,45 @@ def _checked(entry: InputSpec, inputs: Mapping[str, npt.ArrayLike]) -> npt.NDArr
             hint=f"convert it with .astype('{entry.dtype}')",
         )
     return array
+
+
+def read_arrays(path: str) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays of an ``.npz`` file by their names.
+
+    Raises
+    ------
+    InputError
+        If it is no such file, or holds pickled objects.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError("is not an .npz file", where=path, hint="write it by numpy.savez")
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except InputError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        # numpy's own message proposes to unpickle.
+        raise InputError(
+            "is not an .npz file of plain arrays", where=path, hint="write it by numpy.savez"
+        ) from None
+
+
+def require_linker(compiler: str | None, library: Path) -> None:
+    """Check that TVM has found a C++ compiler, with which it links libraries.
+
+    Raises
+    ------
+    UnsupportedError
+        If it has not.
+    """
+    if compiler is None:
+        raise UnsupportedError(
+            "TVM links libraries with a C++ compiler, and none is found",
+            where=os.fspath(library),
+            hint="install g++ or clang++, or name one in the environment variable CXX",
+        )
 
 
 @contextmanager

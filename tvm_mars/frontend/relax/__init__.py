@@ -11,8 +11,9 @@ from tvm import relax, target
 
 from mars_runtime import tvm_bridge
 
-from .api import CompiledModel, build_for_cpu, compile
+from .api import CompiledModel, build_for_cpu, compile, import_model
 from .codegen import codegen, pipeline
+from .exported import load_library
 from .partition import offload_report, partition_for_mars, register_chains
 from .regions import read_region
 
@@ -21,6 +22,8 @@ __all__ = [
     "CompiledModel",
     "build_for_cpu",
     "compile",
+    "import_model",
+    "load_library",
     "offload_report",
     "partition_for_mars",
     "pipeline",

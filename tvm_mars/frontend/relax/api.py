@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from tvm.support import cc
 from mars_runtime.errors import OptionError, UnsupportedError
 from mars_runtime.program import Program
 
-from ..onnx_file import read_onnx
-from ..ports import InputSpec, in_order, written_beside
+from ..description import Description
+from ..onnx_file import input_shapes, read_onnx
+from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
 from .description import describe
@@ -92,17 +93,18 @@ class CompiledModel:
             If there is no C++ compiler, with which TVM links it.
         """
         target = Path(path)
-        if cc.get_cc() is None:
-            raise UnsupportedError(
-                "TVM links libraries with a C++ compiler, and none is found",
-                where=os.fspath(target),
-                hint="install g++ or clang++, or name one in the environment variable CXX",
-            )
+        require_linker(cc.get_cc(), target)
         with written_beside(target) as built:
             self.executable.export_library(os.fspath(built))
 
 
-def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
+def compile(
+    source: Any,
+    target: Any = "mars",
+    *,
+    shape: Mapping[str, Sequence[int]] | None = None,
+    **options: Any,
+) -> CompiledModel:
     """Compile a model.
 
     Parameters
@@ -111,6 +113,8 @@ def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
         A quantized network: an ONNX file or model, an imported module, or an exported program.
     target : str or tvm.target.Target
         ``"mars"``, or a TVM target for what stays on the CPU.
+    shape : mapping of str to sequence of int, optional
+        Shapes of inputs that an ONNX model leaves open. Relax compiles for any batch as well.
     **options
         Fields of :class:`tvm_mars.CompileOptions`.
 
@@ -125,11 +129,13 @@ def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
         If an option or the target is not known.
     UnsupportedError
         If the source is of no known kind.
+    InputError
+        If a shape is given that the model does not have.
     """
     target = _target(target)
     timings: dict[str, float] = {}
     with _timed(timings, "import"):
-        mod = import_model(source)
+        mod = import_model(source, shape)
     with _timed(timings, "partition"):
         mod = partition_for_mars(mod, **options)
         report = offload_report(mod)
@@ -137,15 +143,17 @@ def compile(source: Any, target: Any = "mars", **options: Any) -> CompiledModel:
     with collect_programs() as programs, _timed(timings, "program"), target:
         mod = run_codegen(mod)
     with _timed(timings, "build"):
-        mod = describe(mod, inputs, output_names, report)
+        mod = describe(mod, Description(inputs, output_names, report))
         executable = tvm.compile(mod, target=target, relax_pipeline="default_build")
     program = programs[0] if programs else None
     return CompiledModel(executable, program, report, inputs, output_names, timings)
 
 
-def build_for_cpu(source: Any) -> Callable[..., npt.NDArray[Any]]:
+def build_for_cpu(
+    source: Any, shape: Mapping[str, Sequence[int]] | None = None
+) -> Callable[..., npt.NDArray[Any]]:
     """Build a model without partitioning, for the CPU alone; gives its first result."""
-    machine = relax.VirtualMachine(tvm.compile(import_model(source), "llvm"), tvm.cpu())
+    machine = relax.VirtualMachine(tvm.compile(import_model(source, shape), "llvm"), tvm.cpu())
 
     def run(*arrays: npt.ArrayLike) -> npt.NDArray[Any]:
         results = machine["main"](*(tvm.runtime.tensor(np.asarray(array)) for array in arrays))
@@ -181,15 +189,18 @@ def _target(target: Any) -> Any:
         ) from None
 
 
-def import_model(source: Any) -> tvm.IRModule:
-    """Import a model into Relax; attributes keep its names, of operators only an ONNX model's."""
+def import_model(source: Any, shape: Mapping[str, Sequence[int]] | None = None) -> tvm.IRModule:
+    """Import a model into Relax; attributes keep its names, of operators only an ONNX model's.
+
+    ``shape`` gives shapes of inputs that an ONNX model leaves open.
+    """
     if isinstance(source, tvm.IRModule):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _import_onnx(read_onnx(Path(source)))
+        return _import_onnx(read_onnx(Path(source)), shape or {})
     module = type(source).__module__
     if module.startswith("onnx"):
-        return _import_onnx(source)
+        return _import_onnx(source, shape or {})
     if module.startswith("torch"):
         from .exported_program import import_exported_program
 
@@ -205,14 +216,16 @@ def import_model(source: Any) -> tvm.IRModule:
 _IMPORTER_RAISES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
-def _import_onnx(model: Any) -> tvm.IRModule:
+def _import_onnx(model: Any, shape: Mapping[str, Sequence[int]]) -> tvm.IRModule:
     from tvm.relax.frontend.onnx import from_onnx
 
+    shapes = input_shapes(model.graph, shape)
+    given = {name: list(shapes[name]) for name in shape}
     with warnings.catch_warnings():
         # It renames inputs to identifiers; we keep the model's names beside.
         warnings.filterwarnings("ignore", message="Renaming name")
         try:
-            mod = from_onnx(model)
+            mod = from_onnx(model, given)
         except _IMPORTER_RAISES as error:
             raise UnsupportedError(
                 f"TVM's importer does not take it: {str(error).strip()}",

@@ -14,6 +14,8 @@ from mars_runtime import tvm_bridge
 
 from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, constant_updater, host_target
+from .description import LISTENER, listen
+from .exported import load_library
 from .importer import import_model
 from .partition import offload_report, partition_for_mars, pattern_table
 from .regions import read_region
@@ -24,6 +26,7 @@ __all__ = [
     "build_for_cpu",
     "compile",
     "import_model",
+    "load_library",
     "offload_report",
     "partition_for_mars",
     "pattern_table",
@@ -40,6 +43,7 @@ def register() -> None:
         return
     tvm.register_func("relay.ext.mars", codegen)
     tvm.register_func("relay.ext.mars.constant_updater", constant_updater)
+    tvm.register_func(LISTENER, listen)
     register_pattern_table("mars", pattern_table)
     triple = str(host_target().attrs["mtriple"])
     register_tag("mars", {"kind": "llvm", "keys": ["mars", "cpu"], "mtriple": triple})

@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relay
-from tvm.contrib import graph_executor
+from tvm.contrib import cc, graph_executor
 
 from mars_runtime.errors import OptionError
 from mars_runtime.program import Program
 
-from ..ports import InputSpec, in_order, written_beside
+from ..description import Description
+from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
-from .codegen import collect_programs, host_target, whole_program
+from .codegen import collect_programs, compiling_for, host_target, whole_program
+from .description import describe
 from .importer import import_model
 from .nodes import sizes
 from .partition import offload_report, partition_for_mars
@@ -36,8 +38,8 @@ class CompiledModel:
 
     Parameters
     ----------
-    library : tvm.relay.backend.executor_factory.GraphExecutorFactoryModule
-        What TVM built.
+    library : GraphExecutorFactoryModule or tvm.runtime.Module
+        What TVM built, or loaded.
     program : Program or None
         What MARS runs; None if nothing was offloaded.
     report : OffloadReport
@@ -77,8 +79,16 @@ class CompiledModel:
         return _execute(self._executor[0], self.input_names, arrays)
 
     def export_library(self, path: str | os.PathLike[str]) -> None:
-        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``."""
-        with written_beside(Path(path)) as built:
+        """Write, atomically, a library that TVM loads in a process with ``mars_runtime``.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no C++ compiler, with which TVM links it.
+        """
+        target = Path(path)
+        require_linker(cc.get_cc(), target)
+        with written_beside(target) as built:
             self.library.export_library(os.fspath(built))
 
 
@@ -130,8 +140,9 @@ def compile(
         for var in main.params
     )
     context = tvm.transform.PassContext(opt_level=3)
-    with collect_programs() as programs, _timed(timings, "build"), context:
+    with collect_programs() as programs, _timed(timings, "build"), compiling_for(target), context:
         library = relay.build(mod, target=target)
+        describe(library, Description(inputs, output_names, report), target)
     program = whole_program(programs)
     return CompiledModel(library, program, report, inputs, output_names, timings)
 

@@ -7,9 +7,7 @@ compiles regions one by one, so each carries a program of its own, as base64 tex
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -17,18 +15,26 @@ from typing import Any
 
 import attrs
 import tvm
-from tvm import relay, te, tir
+from tvm import relay
 
 from mars_runtime.errors import UnsupportedError
 from mars_runtime.program import Program
 
 from ...options import CompileOptions
 from ..interface import Interface
-from ..lower import Lowered, lower
+from ..lower import lower
 from .nodes import sizes
 from .regions import INTERFACE, OPTIONS, read_region
+from .wrapper import TensorSpec, wrapper
 
-__all__ = ["codegen", "collect_programs", "constant_updater", "host_target", "whole_program"]
+__all__ = [
+    "codegen",
+    "collect_programs",
+    "compiling_for",
+    "constant_updater",
+    "host_target",
+    "whole_program",
+]
 
 
 @attrs.frozen(eq=False)
@@ -37,6 +43,7 @@ class _Compiled:
     program: Program
 
 
+_TARGET: ContextVar[tvm.target.Target | None] = ContextVar("mars_relay_target", default=None)
 _PROGRAMS: ContextVar[list[_Compiled] | None] = ContextVar("mars_relay_programs", default=None)
 
 
@@ -94,8 +101,14 @@ def codegen(func: relay.Function) -> Any:
     collected = _PROGRAMS.get()
     if collected is not None:
         collected.append(_Compiled(interface, program))
-    wrapper = _wrapper(func, lowered, symbol, program.to_bytes())
-    return tvm.build(tvm.IRModule({symbol: wrapper}), target=host_target())
+    caller = wrapper(
+        symbol,
+        program.to_bytes(),
+        inputs=[spec for var in func.params for spec in _specs(var.checked_type)],
+        outputs=_specs(func.body.checked_type),
+        order=lowered.params,
+    )
+    return tvm.build(tvm.IRModule({symbol: caller}), target=host_target())
 
 
 def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
@@ -103,38 +116,25 @@ def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
     return {}
 
 
+@contextlib.contextmanager
+def compiling_for(target: tvm.target.Target) -> Iterator[None]:
+    """Compile regions for a model's target, which TVM hides from external code generators."""
+    token = _TARGET.set(target)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
 def host_target() -> tvm.target.Target:
-    """Give the target that is compiled for: the current one, or this machine."""
-    current = tvm.target.Target.current(allow_none=True)
-    if current is not None and str(current.kind) == "llvm":
-        return current
+    """Give the target that is compiled for: the model's if it is known, or this machine."""
+    for target in (_TARGET.get(), tvm.target.Target.current(allow_none=True)):
+        if target is not None and str(target.kind) == "llvm":
+            return target
     return tvm.target.Target({"kind": "llvm", "mtriple": sysconfig.get_config_var("HOST_GNU_TYPE")})
 
 
-def _wrapper(func: relay.Function, lowered: Lowered, symbol: str, data: bytes) -> tir.PrimFunc:
-    """Give the TensorIR function that hands a region's tensors to the runtime."""
-    digest = hashlib.sha256(data).hexdigest()
-    text = base64.b64encode(data).decode("ascii")
-    params = [
-        te.placeholder(sizes(var), str(var.checked_type.dtype), name=f"x{i}")
-        for i, var in enumerate(func.params)
-    ]
-    kind = func.body.checked_type
-    results = list(kind.fields) if isinstance(kind, relay.TupleType) else [kind]
-
-    def body(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        given = [inputs[index] for index in lowered.params]
-        known = tir.call_packed("mars.runtime.knows", digest)
-        load = tir.Evaluate(tir.call_packed("mars.runtime.load", digest, text))
-        run = tir.call_packed("mars.runtime.run", digest, 0, len(given), *given, *outputs)
-        return tir.SeqStmt([tir.IfThenElse(known == 0, load, None), tir.Evaluate(run)])
-
-    made = te.extern(
-        [[int(size) for size in result.shape] for result in results],
-        params,
-        body,
-        name=symbol,
-        dtype=[str(result.dtype) for result in results],
-    )
-    made = list(made) if isinstance(made, (list, tuple)) else [made]
-    return te.create_prim_func([*params, *made]).with_attr("global_symbol", symbol)
+def _specs(kind: Any) -> list[TensorSpec]:
+    """Give the tensors of a type."""
+    fields = kind.fields if isinstance(kind, relay.TupleType) else [kind]
+    return [TensorSpec(tuple(int(size) for size in f.shape), str(f.dtype)) for f in fields]

@@ -13,7 +13,7 @@ from tvm import relay
 
 from mars_runtime.errors import InputError, UnsupportedError
 
-from ..onnx_file import read_onnx
+from ..onnx_file import input_shapes, read_onnx
 from .regions import OUTPUT_NAMES
 
 __all__ = ["import_model"]
@@ -68,28 +68,17 @@ def import_model(source: Any, shape: Mapping[str, Sequence[int]] | None = None) 
 
 def _shapes(graph: Any, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Give the whole shape of every input."""
-    constants = {entry.name for entry in graph.initializer}
-    inputs = {entry.name: entry for entry in graph.input if entry.name not in constants}
-    unknown = sorted(set(given) - set(inputs))
-    if unknown:
-        raise InputError(f"no such input; there are {sorted(inputs)}", where=f"input {unknown[0]}")
     found = {}
-    for name, entry in inputs.items():
-        sizes = [dim.dim_value for dim in entry.type.tensor_type.shape.dim]
-        shape = [int(size) for size in given.get(name, sizes)]
-        fits = len(shape) == len(sizes) and all(
-            size in (0, new) for size, new in zip(sizes, shape, strict=True)
-        )
-        if not fits or min(shape, default=1) < 1:
-            known = ", ".join(str(size or "N") for size in sizes)
+    for name, shape in input_shapes(graph, given).items():
+        if None in shape:
+            known = ", ".join(str(size or "N") for size in shape)
             raise InputError(
-                f"shape {tuple(shape)}, the model has ({known})"
-                if name in given
-                else f"shape ({known}) is not known when it is compiled",
+                f"shape ({known}) is not known when it is compiled",
                 where=f"input {name}",
-                hint=f"Relay compiles for one shape: give shape={{{name!r}: (...)}}",
+                hint=f"Relay compiles for one shape: give shape={{{name!r}: (...)}}, on a command "
+                f'line --input-shapes "{name}:[...]"',
             )
-        found[name] = shape
+        found[name] = [size for size in shape if size is not None]
     return found
 
 

@@ -1,0 +1,5 @@
+"""``python -m tvm_mars.tvmc``."""
+
+from . import main
+
+raise SystemExit(main())
