@@ -21,6 +21,7 @@ from mars_runtime.errors import OptionError, UnsupportedError
 from mars_runtime.program import Program
 
 from ..onnx_file import read_onnx
+from ..onnx_form import plain_form
 from ..ports import InputSpec, in_order, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
@@ -208,6 +209,7 @@ _IMPORTER_RAISES = (RuntimeError, TypeError, ValueError, LookupError, AttributeE
 def _import_onnx(model: Any) -> tvm.IRModule:
     from tvm.relax.frontend.onnx import from_onnx
 
+    model = plain_form(model)
     with warnings.catch_warnings():
         # It renames inputs to identifiers; we keep the model's names beside.
         warnings.filterwarnings("ignore", message="Renaming name")
