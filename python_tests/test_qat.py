@@ -294,18 +294,21 @@ def test_frozen_scales_do_not_follow_the_largest_weight():
 # -- equal codes -----------------------------------------------------------------------------------
 
 
+def assert_every_engine_agrees(network, folder, shape=SHAPE):
+    """ONNX Runtime too, on the exported file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    graph, x, reference = assert_same_codes(network, shape)
+    assert str(export(network, folder / "net.onnx")) == str(graph)
+    session = onnxruntime.InferenceSession(folder / "net.onnx", providers=["CPUExecutionProvider"])
+    for ours, theirs in zip(session.run(None, {"x0": x}), reference, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    return graph
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_engine_gives_the_same_codes(name, width, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    network = trained(MODELS[name](), WIDTHS[width])
-    graph, x, reference = assert_same_codes(network)
-    assert str(export(network, tmp_path / "net.onnx")) == str(graph)
-    session = onnxruntime.InferenceSession(
-        tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
-    )
-    for ours, theirs in zip(session.run(None, {"x0": x}), reference, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_every_engine_agrees(trained(MODELS[name](), WIDTHS[width]), tmp_path)
 
 
 def test_residuals_are_quantized_once():
@@ -316,26 +319,101 @@ def test_residuals_are_quantized_once():
     assert [layer.residual is not None for layer in convs] == [0, 0, 1, 0, 0, 0, 1, 0]
 
 
+def _gamma_zero(term):
+    term.norm.weight[3] = 0
+    term.norm.weight[7] = -0.0
+
+
+def _all_gammas_zero(term):
+    term.norm.weight.zero_()
+
+
+def _gammas_below_zero(term):
+    term.norm.weight.neg_()
+
+
+def _variance_zero(term):
+    """With a mean that keeps the bias within what float32 holds."""
+    for channel, variance in ((5, 0), (1, 1e-30)):
+        term.norm.running_var[channel] = variance
+        term.norm.running_mean[channel] = 0
+
+
+def _group_zero(term):
+    """A group of 16 kernels, which share the largest magnitude of eq. 6."""
+    term.weight[:16] = 0
+
+
+def _bias_alone(term):
+    term.weight.zero_()
+
+
+def _kernel_and_variance_zero(term):
+    """As training leaves a channel whose kernel has died."""
+    term.weight[2] = 0
+    term.norm.running_mean[2] = 0
+    term.norm.running_var[2] = 0
+
+
+EDGES = {
+    "gamma = 0": _gamma_zero,
+    "all gammas = 0": _all_gammas_zero,
+    "gamma < 0": _gammas_below_zero,
+    "var = 0": _variance_zero,
+    "zero group": _group_zero,
+    "bias only": _bias_alone,
+    "kernel and var = 0": _kernel_and_variance_zero,
+}
+PLACES = {
+    "convolution": lambda: [*conv_norm(3, 32), nn.ReLU(), *conv_norm(32, 20), nn.ReLU()],
+    "depthwise": lambda: [*conv_norm(3, 32), nn.ReLU(), *conv_norm(32, 32, groups=32), nn.ReLU()],
+    "grouped": lambda: [*conv_norm(3, 32), nn.ReLU(), *conv_norm(32, 24, groups=4), nn.ReLU()],
+    "one channel": lambda: [*conv_norm(3, 1), nn.ReLU(), *conv_norm(1, 20), nn.ReLU()],
+    "dense": lambda: [
+        nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 24),
+        nn.BatchNorm1d(24), nn.ReLU(),
+    ],
+    "without a normalization": lambda: [
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 20, 3), nn.ReLU(),
+    ],
+}  # fmt: skip
+NEED_NO_NORM = ("zero group", "bias only")
+
+
 @pytest.mark.parametrize("width", ["w8a8", "w4a4"])
-def test_folded_edge_cases(width):
-    """Gamma = 0, variance 0, a group of kernels all zero, a layer that is its bias."""
-    model = nn.Sequential(*conv_norm(3, 32), nn.ReLU(), *conv_norm(32, 40), nn.ReLU(),
-                          nn.Conv2d(40, 16, 1), nn.ReLU())  # fmt: skip
-    network = trained(model, WIDTHS[width])
-    first, second, last = network.terms()
+@pytest.mark.parametrize(
+    ("place", "edge"),
+    [
+        (place, edge)
+        for place in PLACES
+        for edge in EDGES
+        if place != "without a normalization" or edge in NEED_NO_NORM
+    ],
+)
+def test_folded_edge_cases(place, edge, width, tmp_path):
+    """Equal codes in every engine, and gradients that are numbers."""
+    network = trained(nn.Sequential(*PLACES[place]()), WIDTHS[width])
+    term = network.terms()[-1]
     with torch.no_grad():
-        first.norm.weight[3] = 0
-        first.norm.running_var[5] = 0
-        second.weight[16:32] = 0
-        last.weight.zero_()
-    graph, _, _ = assert_same_codes(network)
-    weights = [layer.terms[0].weight for layer in graph.layers]
-    assert not weights[0][3].any() and weights[0][5].any()
-    assert not weights[1][16:32].any() and weights[1][:16].any() and weights[1][32:].any()
-    assert not weights[2].any() and graph.layers[2].bias.any()
+        EDGES[edge](term)
+    graph = assert_every_engine_agrees(network, tmp_path)
+    layer = graph.layers[-1]
+    weight = layer.terms[0].weight
+    if edge == "gamma = 0":
+        assert not weight[3].any() and not weight[7].any() and weight[0].any()
+    elif edge == "zero group":
+        assert not weight[:16].any() and weight[16:].any()
+    elif edge == "kernel and var = 0":
+        assert not weight[2].any()
+    elif edge == "var = 0":  # the largest weight of the kernel, if it has any, is clamped to 1
+        assert np.abs(weight[5]).max() in (0, 2 ** (term.bits - 1) - 1)
+    elif edge in ("bias only", "all gammas = 0"):
+        assert not weight.any() and layer.bias.any()
     network.train()
     network(images()).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())
+    if edge == "zero group":  # tanh(0) = 0: it may come back, as nothing masks it
+        assert term.weight.grad[:16].any()
 
 
 def test_a_constant_channel_has_variance_zero_in_training():
@@ -363,6 +441,33 @@ def test_float32_is_exact_to_its_bound_and_float64_beyond(tmp_path):
     with pytest.raises(CapacityError, match=r"conv0.*float32"):
         export(network, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Reused(nn.Module):
+    """Pools, a ReLU and a dropout that are called twice: they hold no weights."""
+
+    def __init__(self):
+        super().__init__()
+        (self.a, self.n0), (self.b, self.n1) = conv_norm(3, 16), conv_norm(16, 16)
+        self.c, self.n2 = conv_norm(16, 16)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(3, 1, 1)
+        self.average, self.drop = nn.AvgPool2d(3, 1, 1), nn.Dropout(0.1)
+        self.out = nn.Linear(16 * 64, 4)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.n0(self.a(x))))
+        y = self.pool(self.relu(self.n1(self.b(self.drop(x)))))
+        z = self.average(self.relu(self.n2(self.c(self.average(self.drop(y))))))
+        return self.out(torch.flatten(self.relu(x + z), 1))
+
+
+def test_modules_without_weights_may_be_shared(tmp_path):
+    torch.manual_seed(0)
+    model = Reused().eval()
+    network = prepare(model, Quantization(method="float"), SHAPE)
+    x = images().clamp(0, 1)
+    torch.testing.assert_close(network(x), model(x))
+    assert_every_engine_agrees(trained(model.train(), WIDTHS["w8a4"]), tmp_path)
 
 
 @pytest.mark.parametrize("build", [resnet20, vgg16])

@@ -24,7 +24,7 @@ from torch import nn  # noqa: E402
 from mars_runtime.errors import InputError, OptionError  # noqa: E402
 from tvm_mars.datasets import read_idx  # noqa: E402
 from tvm_mars.graph import evaluate  # noqa: E402
-from tvm_mars.qat import MarsNetwork, PruningPlan, Quantization, prepare, to_graph  # noqa: E402
+from tvm_mars.qat import MarsNetwork, PruningPlan, Quantization, to_graph  # noqa: E402
 from tvm_mars.qat.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from tvm_mars.qat.data import Augmentation, Images, augment, load_data  # noqa: E402
 from tvm_mars.qat.models import plain  # noqa: E402
@@ -425,56 +425,6 @@ def _moved(image, dy, dx, flip):
             if 0 <= sy < height and 0 <= sx < width:
                 out[:, y, x] = image[:, sy, sx]
     return out
-
-
-# -- statistics over ranks -------------------------------------------------------------------------
-
-_RANK = """
-import sys
-import torch.distributed as dist
-from python_tests.test_qat_training import train_on_rank
-rank, folder = int(sys.argv[1]), sys.argv[2]
-meet = f"file://{folder}/meet"
-dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-train_on_rank(rank, 2, folder)
-"""
-
-
-def train_on_rank(rank, world, folder):
-    """Train two steps on every ``world``-th image; gradients averaged as DDP does.
-
-    DistributedDataParallel itself takes a SyncBatchNorm on accelerators alone.
-    """
-    torch.manual_seed(0)
-    norm = nn.SyncBatchNorm if world > 1 else nn.BatchNorm2d
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), norm(16), nn.ReLU(),
-                          nn.Conv2d(16, 16, 3, bias=False), norm(16), nn.ReLU())  # fmt: skip
-    network = prepare(model, Quantization(), (3, 8, 8)).train()
-    x, upstream = torch.rand(8, 3, 8, 8), torch.randn(8, 16, 4, 4)
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (network(x[rank::world]) * upstream[rank::world]).mean().backward()
-        if world > 1:
-            for p in network.parameters():
-                torch.distributed.all_reduce(p.grad)
-                p.grad /= world
-        optimizer.step()
-    if rank == 0:
-        torch.save(network.state_dict(), f"{folder}/{world}.pt")
-
-
-def test_statistics_are_those_of_all_ranks(tmp_path):
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'runtime'}"}
-    command = [sys.executable, "-c", _RANK]
-    ranks = [subprocess.Popen([*command, str(r), str(tmp_path)], env=environment) for r in (0, 1)]
-    train_on_rank(0, 1, tmp_path)
-    assert [process.wait(120) for process in ranks] == [0, 0]
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 # -- verification ----------------------------------------------------------------------------------

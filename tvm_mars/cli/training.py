@@ -54,16 +54,19 @@ def train_command(
 
     A run that was interrupted continues where it stood, and ends as if it had not been. Its folder
     holds last.pt (the checkpoint), history.json (loss and accuracy by epoch) and at its end
-    final.pt and, of a quantized network, net.onnx.
+    final.pt and, of a quantized network, net.onnx. Started by torchrun, the processes share every
+    batch evenly, and compute what one would.
 
     \b
     Example, a dense network and the quantized, pruned one that starts from it:
       mars train resnet20-dense --data cifar-10-binary.tar.gz
       mars train resnet20-w8a8 --data cifar-10-binary.tar.gz
       mars compile runs/resnet20-w8a8/net.onnx --program net.mars
+      torchrun --nproc-per-node 4 --no-python mars train resnet20-w8a8 --data ... --device cuda
     """
     try:
         from ..qat import Trainer, load_data, load_recipe, recipe_names
+        from ..qat.ranks import Ranks, joined
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"training needs {error.name}: pip install tvm-mars[train]"
@@ -75,10 +78,11 @@ def train_command(
     if not (recipe and data):
         raise click.UsageError("give a recipe (--list names those that there are) and --data")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("tvm_mars.qat").setLevel(logging.INFO)
     chosen = load_recipe(recipe, changes)
     train, test = load_data(data)
-    with _progress() as progress:
+    with joined(device) as device, _progress(Ranks.current().first) as progress:
+        if Ranks.current().first:
+            logging.getLogger("tvm_mars.qat").setLevel(logging.INFO)
         trainer = Trainer(
             chosen,
             train,
@@ -93,6 +97,8 @@ def train_command(
     if not trainer.finished:
         click.echo(f"stopped at step {trainer.step} of {trainer.steps}: run it again", err=True)
         sys.exit(INTERRUPTED)
+    if not trainer.ranks.first:
+        return
     last = trainer.history[-1]
     click.echo(f"{trainer.folder}: {last['test accuracy']:.2%} of the test images")
     if "zero group-sets" in last:
@@ -100,9 +106,9 @@ def train_command(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, float, float], None] | None]:
-    """Show a bar by batch if somebody watches."""
-    if not sys.stderr.isatty():
+def _progress(first: bool) -> Iterator[Callable[[int, int, float, float], None] | None]:
+    """Show a bar by batch if somebody watches, of the first of several processes."""
+    if not first or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -421,11 +421,10 @@ class _Lowering:
             weight = weight.reshape(len(weight), *self.types[name].shape)
         else:
             name = self._plain(operand, term.data)
-        small = term.weight_dtype in ("int4", "uint4") or bool(np.all(term.weight_scale == 0.125))
         whole = ConvTerm(
             name,
             weight if weight.dtype == np.int8 else np.clip(weight, -128, 127),
-            4 if small and _fits(weight, 4) else 8,
+            4 if _fits(weight, 4) else 8,
             term.stride,
             term.padding,
             term.dilation,

@@ -6,8 +6,9 @@ Three lines turn a module into a network in training, and that into integers::
     ...                                     # train it as any module
     export(model, "net.onnx")               # or step="convert", for integers in PyTorch
 
-:func:`prepare` and :func:`convert` do the same without torchao, as values. :class:`Pruner`
-removes group-sets while any loop trains; :class:`Trainer` is a loop. Needs ``tvm-mars[train]``.
+:func:`prepare` and :func:`convert` do the same without torchao, as values. :func:`prune` removes
+group-sets of a trained network at once, :class:`Pruner` while any loop trains; :class:`Trainer` is
+a loop. Needs ``tvm-mars[train]``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .data import load_data
 from .export import export
 from .integer import IntegerNetwork, to_graph
 from .network import MarsNetwork
-from .pruning import Pruner, PruningPlan
+from .pruning import Pruner, PruningPlan, prune
 from .quantization import Quantization, convert, prepare
 from .recipe import Recipe, load_recipe, recipe_names
 from .training import Trainer
@@ -44,6 +45,7 @@ __all__ = [
     "load_data",
     "load_recipe",
     "prepare",
+    "prune",
     "recipe_names",
     "to_graph",
     "whole_model",

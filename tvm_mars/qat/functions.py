@@ -42,6 +42,7 @@ __all__ = [
     "convolve",
     "dorefa_activation",
     "dorefa_weight",
+    "follow_statistics",
     "normalize_weight",
     "quantize_activation",
     "quantize_weight",
@@ -197,6 +198,15 @@ def batch_statistics(y: Tensor, synchronized: bool) -> tuple[Tensor, Tensor]:
     moments = torch.stack([mean, variance + mean.square()]) / dist.get_world_size()
     dist.all_reduce(moments)
     return moments[0], (moments[1] - moments[0].square()).clamp_min_(0)
+
+
+@torch.no_grad()
+def follow_statistics(norm: Any, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Move a normalization's averages by the mean and (biased) variance of ``count`` numbers."""
+    norm.num_batches_tracked += 1
+    share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, share)
+    norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
 
 
 def _others(y: Tensor) -> list[int]:

@@ -26,6 +26,7 @@ from .functions import (
     convolve,
     dorefa_activation,
     dorefa_weight,
+    follow_statistics,
     group_peak,
     normalize_weight,
     quantize_activation,
@@ -234,10 +235,7 @@ class Term(nn.Module):
         together = isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized()
         mean, variance = batch_statistics(y, together)
         count = y.numel() // y.shape[1] * (dist.get_world_size() if together else 1)
-        norm.num_batches_tracked += 1
-        share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
+        follow_statistics(norm, mean, variance, count)
         return mean, variance, together
 
     def plain(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .functions import per_kernel
 from .layers import Sum, Term
 from .network import MarsNetwork
 
-__all__ = ["Pruner", "PruningPlan", "layer_adaptive", "ramp"]
+__all__ = ["Pruner", "PruningPlan", "layer_adaptive", "prune", "ramp"]
 
 _GROUP_SET_WEIGHTS = 256
 _SMALLEST = 1e-30
@@ -74,7 +74,8 @@ class PruningPlan:
     cost : str
         ``none``; ``cycles``: lasso and score weigh a group-set by the cycles that it takes.
     begin, end : float
-        Where the ramp begins and ends, as shares of the training.
+        Where the ramp begins and ends, as shares of the training; both 0: all at once, before the
+        first step.
     updates : int
         Times that group-sets are removed within the ramp.
     keep : float
@@ -99,6 +100,10 @@ class PruningPlan:
     keep: float = attrs.field(default=0.0, validator=_share)
     exclude: tuple[str, ...] = ()
     edges: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.begin > self.end:
+            raise OptionError(f"{self.begin} comes after end, {self.end}", where="begin")
 
 
 def ramp(plan: PruningPlan, progress: float) -> float:
@@ -170,7 +175,10 @@ class Pruner:
 
     @torch.no_grad()
     def prune_to(self, share: float) -> None:
-        """Remove the least important group-sets until the share is zero; none comes back."""
+        """Remove the least important group-sets until the share is zero; none comes back.
+
+        What must stay does, whatever the share: each layer's most important at least.
+        """
         if self.plan.scope == "layer":
             for i, term in enumerate(self.terms):
                 self._remove([i], round(share * term.mask.numel()))
@@ -181,9 +189,10 @@ class Pruner:
         terms = [self.terms[i] for i in which]
         alive = sum(int(term.mask.sum()) for term in terms)
         count = wanted - (sum(term.mask.numel() for term in terms) - alive)
+        scores = [self._removable(i) for i in which]
+        count = min(count, sum(int(part.isfinite().sum()) for part in scores))
         if count <= 0:
             return
-        scores = [self._removable(i) for i in which]
         order = torch.cat(scores).argsort(stable=True)[:count]
         chosen = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device=order.device)
         chosen[order] = True
@@ -243,6 +252,38 @@ def layer_adaptive(norms: Tensor) -> Tensor:
     scores = torch.zeros_like(squares)
     scores[order] = squares[order] / squares[order].cumsum(0).clamp_min(_SMALLEST)
     return scores.sqrt().view_as(norms)
+
+
+def prune(network: nn.Module, sparsity: float, **options: Any) -> Pruner:
+    """Remove the least important group-sets of a trained network, all at once.
+
+    Masks are part of the network's state: whatever loop trains it then, what is removed stays zero.
+    Some epochs at a tenth of the learning rate let the network heal.
+
+    Parameters
+    ----------
+    network : MarsNetwork
+        Made of the trained one by :func:`tvm_mars.qat.prepare`, and calibrated.
+    sparsity : float
+        Share of zero group-sets, over all layers that are pruned.
+    **options
+        Other fields of :class:`PruningPlan`; by default importance is the norm of the weights that
+        are deployed.
+
+    Returns
+    -------
+    Pruner
+        Says the share.
+
+    Raises
+    ------
+    CapacityError
+        If the share cannot be reached with what must stay.
+    """
+    plan = PruningPlan(sparsity, lasso="none", begin=0.0, end=0.0, **options)
+    pruner = Pruner(network, plan)
+    pruner.before_step(0.0)
+    return pruner
 
 
 def _pruned_terms(network: MarsNetwork, plan: PruningPlan) -> list[Term]:

@@ -110,6 +110,7 @@ class _Builder:
     layers: list[Layer] = attrs.field(factory=list)
     shapes: dict[str, Shape] = attrs.field(factory=dict)
     used: dict[int, str] = attrs.field(factory=dict)
+    named: set[str] = attrs.field(factory=set)
 
     def build(self, graph: fx.Graph) -> MarsNetwork:
         """Go through the operations."""
@@ -152,8 +153,15 @@ class _Builder:
                     where=_origin(operand),
                     hint="eq. 5 stores a map once, behind the ReLU",
                 )
-        name = str(node.target) if node.op == "call_module" else node.name
-        return operation(self, _Call(name, described, node), operands, *arguments)
+        return operation(self, _Call(self.name_of(node), described, node), operands, *arguments)
+
+    def name_of(self, node: fx.Node) -> str:
+        """Name a layer by its module; where the module (a pool) is called again, by the call."""
+        target = str(node.target)
+        if node.op != "call_module" or target in self.named:
+            return str(node.name)
+        self.named.add(target)
+        return target
 
     def shape_arithmetic(self, node: fx.Node, described: str) -> None:
         """Let ``x.size(0)`` and the like pass; everything else is not taken."""

@@ -3,7 +3,8 @@
 Everything that a step does follows from the recipe and the step's number: the learning rate, the
 order of the images, their augmentation, the share of zero group-sets. A checkpoint therefore holds
 tensors and a step, and a resumed run repeats the uninterrupted one bit for bit (on the CPU, with
-the same number of threads).
+the same number of threads). Where ``torch.distributed`` is initialized, every process takes its
+share of each batch (see :mod:`tvm_mars.qat.ranks`), and the first one writes the files.
 """
 
 # torch is not there when types are checked, so its classes are Any.
@@ -39,6 +40,7 @@ from .models import build_model
 from .network import MarsNetwork
 from .pruning import Pruner
 from .quantization import prepare
+from .ranks import Ranks, synchronize_norms
 from .recipe import Recipe, Training, recipe_of
 
 __all__ = ["Progress", "Trainer", "accuracy", "build_network", "learning_rate", "load_run"]
@@ -158,6 +160,13 @@ class Trainer:
             torch.set_num_threads(threads)
         self.runs, self.folder = Path(runs), Path(runs) / recipe.name
         self.progress, self.tensorboard = progress, tensorboard
+        self.ranks = Ranks.current()
+        if recipe.training.batch % self.ranks.count:
+            raise OptionError(
+                f"a batch of {recipe.training.batch} is not shared evenly by {self.ranks.count} "
+                "processes",
+                where=recipe.name,
+            )
         self.steps_per_epoch = len(train) // recipe.training.batch
         if not self.steps_per_epoch:
             raise OptionError(
@@ -185,6 +194,8 @@ class Trainer:
         if isinstance(model, MarsNetwork) and recipe.calibration:
             chosen = torch.arange(min(recipe.calibration, len(self.images)))
             calibrate(model, batch_of(self.images, chosen)[0].cpu())
+        if self.ranks.count > 1:
+            synchronize_norms(model)
         if recipe.training.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.to(self.device)
@@ -235,7 +246,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        save_checkpoint(self.folder / LAST, self.state())
+        if self.ranks.first:
+            save_checkpoint(self.folder / LAST, self.state())
 
     # -- running --
 
@@ -254,15 +266,17 @@ class Trainer:
         nn.Module
             The network, in evaluation mode (its moving average, if it kept one).
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / LAST).exists():
             self.load_state(load_checkpoint(self.folder / LAST))
             log.info("%s: continuing at step %d of %d", self.recipe.name, self.step, self.steps)
+        self.ranks.check_same(self.model.state_dict().items())
         end = min(self.steps, stop_after if stop_after is not None else self.steps)
         self.model.train()
         saved = time.monotonic()
         with _stopping() as stop, self._summary() as summary:
-            while self.step < end and not stop:
+            while self.step < end and not self.ranks.any(bool(stop)):
                 begun = time.monotonic()
                 self.losses.append(self.train_step())
                 now = time.monotonic()
@@ -276,8 +290,9 @@ class Trainer:
                 saved = now
             self.save()
         model = self.evaluated()
-        if self.finished:
+        if self.finished and self.ranks.first:
             self._finish(model)
+        self.ranks.wait()
         return model.eval()
 
     @property
@@ -310,9 +325,11 @@ class Trainer:
             self._epoch_order = torch.randperm(len(self.images), generator=order)
         chosen = self._epoch_order[position * training.batch :][: training.batch]
         generator = torch.Generator().manual_seed(_seed(recipe, self.step, 2))
-        torch.manual_seed(_seed(recipe, self.step, 3))  # dropout
+        torch.manual_seed(_seed(recipe, self.step, 3 + self.ranks.index))  # dropout
         batch, labels = batch_of(self.images, chosen)
-        batch = augment(batch, recipe.augmentation, generator)
+        # Of the whole batch, so that no image's augmentation depends on the number of ranks.
+        batch = self.ranks.part(augment(batch, recipe.augmentation, generator))
+        labels = self.ranks.part(labels)
         if training.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
@@ -324,6 +341,7 @@ class Trainer:
         loss = self._loss(batch, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average(p.grad for p in self.model.parameters() if p.grad is not None)
         if training.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
         self.optimizer.step()
@@ -332,7 +350,7 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update(self.model, self.step)
-        return float(loss.detach())
+        return self.ranks.mean(loss)
 
     _epoch_order: Tensor | None = None
 
@@ -367,17 +385,21 @@ class Trainer:
 
     def _end_epoch(self, summary: Any) -> None:
         epoch = self.step // self.steps_per_epoch
+        self.ranks.check_same(self.model.state_dict().items())
         entry: dict[str, Any] = {
             "epoch": epoch,
             "learning rate": self.optimizer.param_groups[0]["lr"],
             "loss": sum(self.losses) / len(self.losses),
         }
-        if self.finished or epoch % self.recipe.training.evaluate_every == 0:
+        due = self.finished or epoch % self.recipe.training.evaluate_every == 0
+        if due and self.ranks.first:
             entry["test accuracy"] = accuracy(self.evaluated(), self.test)
         if self.pruner:
             entry["zero group-sets"] = self.pruner.share()
         self.history.append(entry)
         self.losses = []
+        if not self.ranks.first:
+            return
         text = json.dumps({"recipe": attrs.asdict(self.recipe), "epochs": self.history}, indent=2)
         write_atomically(self.folder / HISTORY, f"{text}\n".encode())
         log.info("%s: %s", self.recipe.name, json.dumps(entry))
@@ -387,7 +409,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _summary(self) -> Iterator[Any]:
-        if self.tensorboard is None:
+        if self.tensorboard is None or not self.ranks.first:
             yield None
             return
         from torch.utils.tensorboard import SummaryWriter

@@ -22,6 +22,7 @@ from mars_runtime.program import Program
 
 from ..description import Description
 from ..onnx_file import input_shapes, read_onnx
+from ..onnx_form import plain_form
 from ..ports import InputSpec, in_order, require_linker, written_beside
 from ..report import OffloadReport
 from .codegen import collect_programs, run_codegen
@@ -221,6 +222,7 @@ def _import_onnx(model: Any, shape: Mapping[str, Sequence[int]]) -> tvm.IRModule
 
     shapes = input_shapes(model.graph, shape)
     given = {name: list(shapes[name]) for name in shape}
+    model = plain_form(model)
     with warnings.catch_warnings():
         # It renames inputs to identifiers; we keep the model's names beside.
         warnings.filterwarnings("ignore", message="Renaming name")

@@ -14,6 +14,7 @@ from tvm import relay
 from mars_runtime.errors import InputError, UnsupportedError
 
 from ..onnx_file import input_shapes, read_onnx
+from ..onnx_form import plain_form
 from .regions import OUTPUT_NAMES
 
 __all__ = ["import_model"]
@@ -50,6 +51,7 @@ def import_model(source: Any, shape: Mapping[str, Sequence[int]] | None = None) 
             where="model",
             hint="give an .onnx file, an onnx.ModelProto or an IRModule",
         )
+    source = plain_form(source)
     shapes = _shapes(source.graph, shape or {})
     try:
         mod, params = relay.frontend.from_onnx(_plain(source), shapes, freeze_params=True)
