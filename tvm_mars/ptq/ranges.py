@@ -1,0 +1,214 @@
+"""Ranges: how a trained network's maps fit into 0..1.
+
+Eq. 5 stores 0..1, a trained network's maps reach further, so each is divided by a constant, its
+range, which goes into gamma and beta of the layer that gives it. Maps that meet in an addition, or
+that a pool passes on, share theirs. Of the ranges tried, each map takes the one with the least
+squared error, of its own codes and of the weights that the range scales.
+
+Here are plain arrays, so that networks in training (:mod:`tvm_mars.qat`) and float networks of any
+importer find their ranges by the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from .fold import per_kernel, quantize_weight
+
+__all__ = ["SAMPLES", "Kernels", "RangedMap", "choose_ranges", "result_range"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
+SAMPLES = 100_000  # of a map's values, by which a range is chosen
+ROOM = 1.5  # for the growth of a last layer's weights
+# A kernel without a normalization is scaled by its input's range as well, which is chosen for
+# itself: ranges start from the largest values and are chosen twice.
+PASSES = 2
+
+
+@attrs.frozen(eq=False)
+class Kernels:
+    """What one term of a map's sum quantizes.
+
+    Parameters
+    ----------
+    input : str
+        The map that it reads.
+    normalized : float array ``[O, ...]``
+        ``W^`` of eq. 6.
+    scale : float array ``[O]``
+        What multiplies it, as if no map were divided by anything.
+    gamma : float array ``[O]`` or None
+        Of the normalization behind it, if there is one: the deviation of the channel.
+    """
+
+    input: str
+    normalized: Array
+    scale: Array
+    bits: int
+    gamma: Array | None = None
+
+
+@attrs.frozen(eq=False)
+class RangedMap:
+    """A map whose range is to be chosen.
+
+    Parameters
+    ----------
+    values : float array, optional
+        Samples of a map that eq. 5 stores; None of one that has no error of its own, such as a max
+        pool's.
+    tied : tuple of str
+        Earlier maps whose range it shares.
+    growth : float
+        Its range over that of the maps that it is tied to.
+    fixed : bool
+        Whether its range is 1: a network's input, which is in 0..1.
+    """
+
+    name: str
+    bits: int
+    values: Array | None = None
+    kernels: tuple[Kernels, ...] = ()
+    tied: tuple[str, ...] = ()
+    growth: float = 1.0
+    fixed: bool = False
+
+
+def choose_ranges(maps: Sequence[RangedMap], moments: Mapping[str, float]) -> dict[str, float]:
+    """Choose the range of every map.
+
+    Parameters
+    ----------
+    maps : sequence of RangedMap
+        In topological order.
+    moments : mapping of str to float
+        Mean square of each map that a kernel without a normalization reads.
+
+    Returns
+    -------
+    dict of str to float
+        By name.
+    """
+    groups = _groups(maps)
+    bases = [_largest(members) for members in groups]
+    ranges: dict[str, float] = {}
+
+    def note(at: int) -> None:
+        ranges.update({entry.name: bases[at] * factor for entry, factor in groups[at]})
+
+    for at in range(len(groups)):
+        note(at)
+    normalized = all(k.gamma is not None for entry in maps for k in entry.kernels)
+    for _ in range(1 if normalized else PASSES):
+        for at, members in enumerate(groups):
+            bases[at] = _best(members, bases[at], ranges, moments)
+            note(at)
+    return ranges
+
+
+def result_range(peaks: Sequence[float]) -> float:
+    """Give the power of two that brings the weights of a last layer below 1, with some room.
+
+    Parameters
+    ----------
+    peaks : sequence of float
+        The largest scaled weight of each term.
+    """
+    largest = max(peaks, default=0.0)
+    return float(2.0 ** math.ceil(math.log2(ROOM * largest))) if largest > 0 else 1.0
+
+
+_Member: TypeAlias = "tuple[RangedMap, float]"
+
+
+def _groups(maps: Sequence[RangedMap]) -> list[list[_Member]]:
+    """Give the maps that share a range, each with its range over the group's."""
+    members: dict[str, list[_Member]] = {}
+    home: dict[str, str] = {}
+    factors: dict[str, float] = {}
+    for entry in maps:
+        home[entry.name], factors[entry.name] = entry.name, 1.0
+        members[entry.name] = [(entry, 1.0)]
+        for name in entry.tied:
+            into, moved = home[name], home[entry.name]
+            if into == moved:
+                continue
+            ratio = factors[name] * entry.growth / factors[entry.name]
+            for other, factor in members.pop(moved):
+                home[other.name], factors[other.name] = into, factor * ratio
+                members[into].append((other, factor * ratio))
+    return list(members.values())
+
+
+def _largest(members: Sequence[_Member]) -> float:
+    """Give the range that holds every value of a group, 1 of one that is fixed or empty."""
+    found = [
+        float(entry.values.max()) / factor for entry, factor in members if entry.values is not None
+    ]
+    fixed = any(entry.fixed for entry, _ in members)
+    return max(found) if found and not fixed and max(found) > 0 else 1.0
+
+
+def _best(
+    members: Sequence[_Member],
+    now: float,
+    ranges: Mapping[str, float],
+    moments: Mapping[str, float],
+) -> float:
+    """Give the constant with the least squared error, summed over the maps that share it."""
+    stored = [(entry, factor) for entry, factor in members if entry.values is not None]
+    if not stored or any(entry.fixed for entry, _ in members):
+        return now
+    largest = _largest(members)
+    spans = [largest * i / CANDIDATES for i in range(1, CANDIDATES + 1)]
+    errors = [
+        sum(_error(entry, span * factor, ranges, moments) for entry, factor in stored)
+        for span in spans
+    ]
+    return spans[errors.index(min(errors))]
+
+
+def _error(
+    entry: RangedMap, span: float, ranges: Mapping[str, float], moments: Mapping[str, float]
+) -> float:
+    assert entry.values is not None
+    noise = sum(_weight_error(kernels, span, ranges, moments) for kernels in entry.kernels)
+    return _map_error(entry.values, span, entry.bits) + noise
+
+
+def _map_error(values: Array, span: float, bits: int) -> float:
+    """Squared error of eq. 5 on a map over a range."""
+    values, top = np.maximum(values, 0), 2**bits - 1
+    codes = np.rint(np.minimum(values / span, 1) * top)
+    return float(np.square(codes * (span / top) - values).mean(dtype=np.float64))
+
+
+def _weight_error(
+    kernels: Kernels, span: float, ranges: Mapping[str, float], moments: Mapping[str, float]
+) -> float:
+    """Squared error of a map from the rounding and clamping of its scaled weights.
+
+    The larger the range, the fewer codes the weights reach. Behind a normalization a channel's
+    variance is the square of gamma, and the relative error of its kernel makes that share of it
+    noise. Without one, the weights' errors meet the mean square of the input, as they are
+    independent. A ReLU passes half of either.
+    """
+    before = 1.0 if kernels.gamma is not None else ranges[kernels.input]
+    scale = kernels.scale * (before / span)
+    half = 2 ** (kernels.bits - 1)
+    wanted = (kernels.normalized * per_kernel(scale, kernels.normalized)).reshape(len(scale), -1)
+    got = quantize_weight(kernels.normalized, scale, kernels.bits) * (half / (half - 1))
+    wrong = np.square(got.reshape(len(scale), -1) - wanted).sum(1)
+    if kernels.gamma is None:
+        return float(wrong.mean() * (span / before) ** 2 * moments[kernels.input]) / 2
+    power = np.square(wanted).sum(1)
+    share = wrong / np.where(power > 0, power, 1.0)
+    return float((np.square(kernels.gamma) * share).mean()) / 2
