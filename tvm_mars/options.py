@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,7 @@ import attrs
 from mars_runtime.arch import MarsArch, load_arch
 from mars_runtime.errors import OptionError
 
-__all__ = ["CompileOptions"]
+__all__ = ["CompileOptions", "require_known"]
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -57,11 +57,8 @@ class CompileOptions:
         """
         known = [field.name for field in attrs.fields(cls)]
         values: dict[str, Any] = {}
+        require_known(given, known)
         for name, value in given.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 3, 0.4)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"known: {known}"
-                raise OptionError("no such option", where=f"option {name}", hint=hint)
             values[name] = _READERS[name](name, value)
         return cls(**values)
 
@@ -90,6 +87,21 @@ class CompileOptions:
     def from_json(cls, text: str) -> CompileOptions:
         """Read what :meth:`to_json` wrote."""
         return cls.from_mapping(json.loads(text))
+
+
+def require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Check the names of options.
+
+    Raises
+    ------
+    OptionError
+        If one is unknown; the nearest names are given.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {list(known)}"
+            raise OptionError("no such option", where=f"option {name}", hint=hint)
 
 
 def _brief(value: Any) -> str:

@@ -352,6 +352,7 @@ def _ranges(
             )
         )
     ranges = choose_ranges(maps, observed.squares)
+    room = {} if options.method == "paper" else {"room": 1.0}  # nothing grows without training
     for layer in network.layers:
         if isinstance(layer, Sum) and not layer.relu:
             peaks = [
@@ -360,7 +361,7 @@ def _ranges(
                 for scale in [term.affine()[0]]
                 for before in [ranges[term.input]]
             ]
-            ranges[layer.name] = result_range(peaks)
+            ranges[layer.name] = result_range(peaks, **room)
     return ranges
 
 

@@ -27,7 +27,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
 SAMPLES = 100_000  # of a map's values, by which a range is chosen
-ROOM = 1.5  # for the growth of a last layer's weights
+ROOM = 1.5  # for the growth of a last layer's weights in training
 # A kernel without a normalization is scaled by its input's range as well, which is chosen for
 # itself: ranges start from the largest values and are chosen twice.
 PASSES = 2
@@ -114,7 +114,7 @@ def choose_ranges(maps: Sequence[RangedMap], moments: Mapping[str, float]) -> di
     return ranges
 
 
-def result_range(peaks: Sequence[float]) -> float:
+def result_range(peaks: Sequence[float], room: float = ROOM) -> float:
     """Give the power of two that brings the weights of a last layer below 1, with some room.
 
     Parameters
@@ -123,7 +123,7 @@ def result_range(peaks: Sequence[float]) -> float:
         The largest scaled weight of each term.
     """
     largest = max(peaks, default=0.0)
-    return float(2.0 ** math.ceil(math.log2(ROOM * largest))) if largest > 0 else 1.0
+    return float(2.0 ** math.ceil(math.log2(room * largest))) if largest > 0 else 1.0
 
 
 _Member: TypeAlias = "tuple[RangedMap, float]"

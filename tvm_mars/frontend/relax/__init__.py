@@ -14,16 +14,20 @@ from mars_runtime import tvm_bridge
 from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, pipeline
 from .partition import offload_report, partition_for_mars, register_chains
+from .quantization import QuantizeForMars, quantize, quantize_to_onnx
 from .regions import read_region
 
 __all__ = [
     "IR",
     "CompiledModel",
+    "QuantizeForMars",
     "build_for_cpu",
     "compile",
     "offload_report",
     "partition_for_mars",
     "pipeline",
+    "quantize",
+    "quantize_to_onnx",
     "read_region",
     "register",
 ]

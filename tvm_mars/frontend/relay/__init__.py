@@ -16,17 +16,21 @@ from .api import CompiledModel, build_for_cpu, compile
 from .codegen import codegen, constant_updater, host_target
 from .importer import import_model
 from .partition import offload_report, partition_for_mars, pattern_table
+from .quantization import QuantizeForMars, quantize, quantize_to_onnx
 from .regions import read_region
 
 __all__ = [
     "IR",
     "CompiledModel",
+    "QuantizeForMars",
     "build_for_cpu",
     "compile",
     "import_model",
     "offload_report",
     "partition_for_mars",
     "pattern_table",
+    "quantize",
+    "quantize_to_onnx",
     "read_region",
     "register",
 ]
