@@ -35,7 +35,7 @@ from .. import graph as ir
 from .arithmetic import convolve, mean_windows, pool, product_of_means
 from .fold import group_peak, per_kernel, quantize_weight, round_bias
 from .network import Addition, FloatInput, FloatLayer, FloatNetwork, FloatPool, Sum, Term
-from .ranges import SAMPLES, Kernels, RangedMap, choose_ranges, result_range
+from .ranges import Kernels, RangedMap, choose_ranges, result_range, sample_stride
 
 __all__ = ["Method", "Options", "Quantized", "quantize_network"]
 
@@ -298,7 +298,7 @@ def _observe(
 def _sampled(y: Array, start: int, count: int) -> Array:
     """Give every so many-th value, counted over all chunks."""
     size = y[0].size
-    stride = max(1, size * count // SAMPLES)
+    stride = sample_stride(size * count, size)
     return np.array(y.reshape(-1)[-(start * size) % stride :: stride])
 
 

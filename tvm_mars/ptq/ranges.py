@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .fold import per_kernel, quantize_weight
 
-__all__ = ["SAMPLES", "Kernels", "RangedMap", "choose_ranges", "result_range"]
+__all__ = ["Kernels", "RangedMap", "choose_ranges", "result_range", "sample_stride"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -112,6 +112,26 @@ def choose_ranges(maps: Sequence[RangedMap], moments: Mapping[str, float]) -> di
             bases[at] = _best(members, bases[at], ranges, moments)
             note(at)
     return ranges
+
+
+def sample_stride(count: int, size: int) -> int:
+    """Give the step by which some of a map's values are taken.
+
+    Parameters
+    ----------
+    count, size : int
+        Values of all images, and of one. The step has no factor in common with ``size``: a multiple
+        of the width would meet one column alone.
+
+    Examples
+    --------
+    >>> sample_stride(1_600_000, 16 * 16)
+    17
+    """
+    stride = max(1, count // SAMPLES)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride
 
 
 def result_range(peaks: Sequence[float], room: float = ROOM) -> float:

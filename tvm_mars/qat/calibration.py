@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..ptq.ranges import SAMPLES, Kernels, RangedMap, choose_ranges, result_range
+from ..ptq.ranges import Kernels, RangedMap, choose_ranges, result_range, sample_stride
 from .functions import normalize_weight, per_kernel
 from .layers import Addition, Average, Drop, Entry, Layer, Maximum, Sum, Term
 from .network import MarsNetwork
@@ -105,9 +105,8 @@ def _real_samples(
     values = real.evaluate_values(images)
     found = {}
     for name, value in values.items():
-        flat = value.flatten()
-        stride = max(1, len(flat) // SAMPLES)
-        found[name] = flat[::stride].float().cpu()
+        stride = sample_stride(value.numel(), value[0].numel())
+        found[name] = value.flatten()[::stride].float().cpu()
     return found, {name: float(value.square().mean()) for name, value in values.items()}
 
 

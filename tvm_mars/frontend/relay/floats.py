@@ -30,6 +30,7 @@ _NAMES = {
     "sqrt": "sqrt",
     "squeeze": "reshape",
     "subtract": "subtract",
+    "transpose": "permute_dims",
 }
 
 
@@ -94,13 +95,13 @@ def _operators(body: Any, values: dict[Any, Any]) -> Iterator[Operator]:
 
 def _operator(call: Any, values: dict[Any, Any], result: str) -> Operator:
     given, name = call.attrs, op_name(call)
-    op = operator(call) or _NAMES.get(name, name)
+    op = operator(call) or _NAMES.get(name, f"relay.{name}")
     inputs = []
     for arg in call.args[:1] if op == "pad" else call.args:
         if arg not in values:
             raise UnsupportedError(f"reads a {type(arg).__name__}", where=origin(call) or name)
         inputs.append(values[arg])
-    attributes = dict(tree(call, depth=1).attrs) if op != name or operator(call) else {}
+    attributes = dict(tree(call, depth=1).attrs) if operator(call) else {}
     if op == "matmul":
         op = "dense"  # Relay's has weights [O, I]
     elif op == "batch_norm":
