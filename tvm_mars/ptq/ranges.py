@@ -28,9 +28,7 @@ Array: TypeAlias = npt.NDArray[Any]
 CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
 SAMPLES = 100_000  # of a map's values, by which a range is chosen
 ROOM = 1.5  # for the growth of a last layer's weights in training
-# A kernel without a normalization is scaled by its input's range as well, which is chosen for
-# itself: ranges start from the largest values and are chosen twice.
-PASSES = 2
+PASSES = 2  # as a map's weights are scaled by its input's range, too, which is chosen like it
 
 
 @attrs.frozen(eq=False)
@@ -106,8 +104,7 @@ def choose_ranges(maps: Sequence[RangedMap], moments: Mapping[str, float]) -> di
 
     for at in range(len(groups)):
         note(at)
-    normalized = all(k.gamma is not None for entry in maps for k in entry.kernels)
-    for _ in range(1 if normalized else PASSES):
+    for _ in range(PASSES):
         for at, members in enumerate(groups):
             bases[at] = _best(members, bases[at], ranges, moments)
             note(at)
@@ -221,7 +218,7 @@ def _weight_error(
     noise. Without one, the weights' errors meet the mean square of the input, as they are
     independent. A ReLU passes half of either.
     """
-    before = 1.0 if kernels.gamma is not None else ranges[kernels.input]
+    before = ranges[kernels.input]
     scale = kernels.scale * (before / span)
     half = 2 ** (kernels.bits - 1)
     wanted = (kernels.normalized * per_kernel(scale, kernels.normalized)).reshape(len(scale), -1)
