@@ -257,7 +257,7 @@ class _Moments:
 class _Observed:
     """What the float network shows on the calibration images.
 
-    ``samples``: some values of each map that eq. 5 stores; ``squares``: the mean square of each
+    ``samples``: some values of each map, before a ReLU's ceiling; ``squares``: the mean square of each
     map; ``moments``: of each term.
     """
 
@@ -286,8 +286,8 @@ def _observe(
             squares[name] += float(np.square(array, dtype=np.float64).mean()) * len(array) / count
         for layer in network.layers:
             y = _evaluate(layer, values, moments)
-            values[layer.name] = y
             samples[layer.name].append(_sampled(y, chunk.start, count))
+            values[layer.name] = y = np.minimum(y, _ceiling(layer))
             squares[layer.name] += float(np.square(y, dtype=np.float64).mean()) * len(y) / count
             for name in dead[layer.name]:
                 del values[name]
@@ -305,7 +305,7 @@ def _sampled(y: Array, start: int, count: int) -> Array:
 def _evaluate(
     layer: FloatLayer, values: Mapping[str, Array], moments: Mapping[str, _Moments]
 ) -> Array:
-    """Compute a layer as the float network does."""
+    """Compute a layer as the float network does, but for a ReLU's ceiling."""
     if isinstance(layer, FloatPool):
         return pool(values[layer.input], layer)
     if isinstance(layer, Addition):
@@ -316,7 +316,11 @@ def _evaluate(
         moments[term.name].add(y)
         scale, bias = (part.astype(np.float32)[:, None, None] for part in term.affine())
         total = total + y * scale + bias
-    return np.asarray(np.clip(total, 0, layer.ceiling) if layer.relu else total)
+    return np.asarray(np.maximum(total, 0) if layer.relu else total)
+
+
+def _ceiling(layer: FloatLayer) -> float:
+    return layer.ceiling if isinstance(layer, Sum) else np.inf
 
 
 # -- ranges ----------------------------------------------------------------------------------------
@@ -349,6 +353,7 @@ def _ranges(
                 kernels,
                 layer.tied,
                 1.0 if isinstance(layer, FloatPool) and layer.mode == "max" else growth,
+                _ceiling(layer),
             )
         )
     ranges = choose_ranges(maps, observed.squares)

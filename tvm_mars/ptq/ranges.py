@@ -67,6 +67,8 @@ class RangedMap:
         Earlier maps whose range it shares.
     growth : float
         Its range over that of the maps that it is tied to.
+    ceiling : float
+        Where its ReLU ends, which only a range up to there does; ``values`` are those without.
     fixed : bool
         Whether its range is 1: a network's input, which is in 0..1.
     """
@@ -77,6 +79,7 @@ class RangedMap:
     kernels: tuple[Kernels, ...] = ()
     tied: tuple[str, ...] = ()
     growth: float = 1.0
+    ceiling: float = math.inf
     fixed: bool = False
 
 
@@ -168,7 +171,9 @@ def _groups(maps: Sequence[RangedMap]) -> list[list[_Member]]:
 def _largest(members: Sequence[_Member]) -> float:
     """Give the range that holds every value of a group, 1 of one that is fixed or empty."""
     found = [
-        float(entry.values.max()) / factor for entry, factor in members if entry.values is not None
+        min(float(entry.values.max()), entry.ceiling) / factor
+        for entry, factor in members
+        if entry.values is not None
     ]
     fixed = any(entry.fixed for entry, _ in members)
     return max(found) if found and not fixed and max(found) > 0 else 1.0
@@ -198,14 +203,15 @@ def _error(
 ) -> float:
     assert entry.values is not None
     noise = sum(_weight_error(kernels, span, ranges, moments) for kernels in entry.kernels)
-    return _map_error(entry.values, span, entry.bits) + noise
+    return _map_error(entry.values, span, entry.bits, entry.ceiling) + noise
 
 
-def _map_error(values: Array, span: float, bits: int) -> float:
+def _map_error(values: Array, span: float, bits: int, ceiling: float) -> float:
     """Squared error of eq. 5 on a map over a range."""
     values, top = np.maximum(values, 0), 2**bits - 1
     codes = np.rint(np.minimum(values / span, 1) * top)
-    return float(np.square(codes * (span / top) - values).mean(dtype=np.float64))
+    wrong = codes * (span / top) - np.minimum(values, ceiling)
+    return float(np.square(wrong).mean(dtype=np.float64))
 
 
 def _weight_error(
