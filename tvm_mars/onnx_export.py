@@ -14,10 +14,11 @@ Every value of a native graph is a map of codes; ``code / 2**bits`` is its real 
   twice.
 
 A layer's accumulators lie on the grid ``2**-P``, ``P`` the shift of its requantization. Its weight
-codes have the scale ``2**-(P - shift - bits_in)``, which is ``2**-(bits_weight - 1)`` in a network
-of eq. 5 to 8; its residual, and the operands of an addition ``m_i * 2**-P``, likewise. float32 adds
-such values without rounding, in any order and with or without fused multiply-add, as long as they
-stay below ``2**24`` steps of the grid: :func:`check_exact` proves that for each layer.
+codes have the scale ``2**-(bits_weight - 1)``, by which importers know 4 bits, and the map that
+they meet has what is left of ``2**(shift - P)``, which is ``2**-bits`` in a network of eq. 5 to 8;
+its residual, and the operands of an addition ``m_i * 2**-P``, likewise. float32 adds such values
+without rounding, in any order and with or without fused multiply-add, as long as they stay below
+``2**24`` steps of the grid: :func:`check_exact` proves that for each layer.
 """
 
 from __future__ import annotations
@@ -404,9 +405,10 @@ class _Writer:
             name = f"{layer.name}_term{i}"
             source = types[term.input]
             given = (math.prod(source.shape),) if dense else source.shape
-            data = self.real(term.input, given, -source.bits)
+            step = 1 - term.weight_bits
+            data = self.real(term.input, given, term.shift - grid - step)
             codes = term.weight.reshape(len(term.weight), -1) if dense else term.weight
-            weight = self.parameter(codes, term.shift + source.bits - grid, f"{name}_weight")
+            weight = self.parameter(codes, step, f"{name}_weight")
             operands = [data, weight, bias] if i == carrier else [data, weight]
             parts.append(
                 self.node("Gemm", operands, name, transB=1)

@@ -18,8 +18,18 @@ import numpy.typing as npt
 
 from mars_runtime.errors import UnsupportedError
 
-from ..ptq import Addition, FloatInput, FloatLayer, FloatNetwork, FloatOutput, FloatPool
-from ..ptq import Norm, Sum, Term
+from ..ptq import (
+    Addition,
+    FloatInput,
+    FloatLayer,
+    FloatNetwork,
+    FloatOutput,
+    FloatPool,
+    Norm,
+    Sum,
+    Term,
+)
+from ..ptq.network import layer_shape
 
 __all__ = ["Operator", "float_network"]
 
@@ -152,7 +162,8 @@ class _Builder:
                     where=operand.terms[-1].name,
                     hint="eq. 5 stores a map once, behind the ReLU",
                 )
-        return read(self, operator, *operands)
+        found: _Value = read(self, operator, *operands)
+        return found
 
     def output(self, name: str, value: str) -> FloatOutput:
         """Let a value leave."""
@@ -186,8 +197,6 @@ class _Builder:
 
     def pool(self, layer: FloatPool) -> _Map:
         """Append a pool."""
-        from ..ptq.network import layer_shape
-
         layer = attrs.evolve(layer, name=self.fresh(layer.name))
         return self.add(layer, layer_shape(layer, self.shapes))  # type: ignore[arg-type]
 
@@ -323,9 +332,7 @@ def _known(operator: Operator) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _batch_norm(
-    build: _Builder, operator: Operator, data: _Value, *parameters: _Value
-) -> _Value:
+def _batch_norm(build: _Builder, operator: Operator, data: _Value, *parameters: _Value) -> _Value:
     gamma, beta, mean, variance = (
         _constant(entry, operator, what)
         for entry, what in zip(parameters, ("gamma", "beta", "mean", "variance"), strict=True)
@@ -402,9 +409,7 @@ def _add(build: _Builder, operator: Operator, left: _Value, right: _Value) -> _V
                 hint="only there is it a bias; shift an input outside the module",
             )
         first, *others = left.terms
-        return attrs.evolve(
-            left, terms=(_moved(first, _per_channel(right, operator)), *others)
-        )
+        return attrs.evolve(left, terms=(_moved(first, _per_channel(right, operator)), *others))
     if isinstance(left, _Map) and isinstance(right, _Map):
         names = (_positive(left, operator).name, _positive(right, operator).name)
         shape = build.shapes[names[0]]
@@ -461,7 +466,12 @@ def _minimum(build: _Builder, operator: Operator, data: _Value, bound: _Value) -
     high = _constant(bound, operator, "bound")
     last = build.layers[-1] if build.layers else None
     fresh = isinstance(data, _Map) and isinstance(last, Sum) and data.name == last.name
-    if not fresh or high.size != 1 or high.item() <= 0 or build.readers[str(operator.inputs[0])] > 1:
+    if (
+        not fresh
+        or high.size != 1
+        or high.item() <= 0
+        or build.readers[str(operator.inputs[0])] > 1
+    ):
         raise UnsupportedError(
             "clips above, and not right behind the ReLU of a convolution", where=operator.where
         )
@@ -537,8 +547,10 @@ def _reshape(build: _Builder, operator: Operator, data: _Value) -> _Value:
     shape = data.shape if isinstance(data, _Pending) else build.shapes[data.name]
     wanted, size = operator.shape[1:], int(np.prod(shape))
     padded = isinstance(data, _Map) and data.pad != (0,) * 4
-    if padded or wanted not in (shape, (size,), (size, 1, 1)) or (
-        wanted == (size, 1, 1) and shape[1:] != (1, 1)
+    if (
+        padded
+        or wanted not in (shape, (size,), (size, 1, 1))
+        or (wanted == (size, 1, 1) and shape[1:] != (1, 1))
     ):
         raise UnsupportedError(
             f"gives shape {operator.shape} of maps {shape}",

@@ -56,9 +56,7 @@ def _out_size(padded: Array, term: Term) -> tuple[int, int]:
     kernel = term.weight.shape[2:]
     height, width = (
         ir.window_size(size, k, s, 0, 0, d)
-        for size, k, s, d in zip(
-            padded.shape[2:], kernel, term.stride, term.dilation, strict=True
-        )
+        for size, k, s, d in zip(padded.shape[2:], kernel, term.stride, term.dilation, strict=True)
     )
     return height, width
 
@@ -69,10 +67,11 @@ def _taps(padded: Array, term: Term, out: tuple[int, int]) -> Any:
 
 
 def pool(x: Array, layer: FloatPool) -> Array:
-    """Pool a batch; the padding of a maximum never wins."""
-    fill = -np.inf if layer.mode == "max" else 0
-    padded = ir._pad(x, layer.padding, fill)
-    source = ir.MapType(*x.shape[1:], 8)
+    """Pool a batch of maps, none of which is negative."""
+    _, channels, height, width = x.shape
+    # No map that is pooled is negative.
+    padded = ir._pad(x, layer.padding, 0)
+    source = ir.MapType(channels, height, width, 8)
     out = ir._window_shape(source, layer.kernel, layer.stride, layer.padding)
     taps = [pixels for _, _, pixels in ir._taps(padded, layer.kernel, layer.stride, out)]
     if layer.mode == "max":

@@ -10,14 +10,18 @@ Source: Sie et al., TCAD 2022, eq. 6 to 8.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["group_peak", "per_kernel", "quantize_weight", "round_bias"]
+__all__ = ["Freedom", "group_peak", "per_kernel", "quantize_weight", "round_bias"]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+SUMS = 2.0**23  # of weights and codes: half of what float32 holds, the rest is for the bias
 
 
 def group_peak(weight: Array, group: int) -> Array:
@@ -37,6 +41,43 @@ def group_peak(weight: Array, group: int) -> Array:
 def per_kernel(values: Array, weight: Array) -> Array:
     """Shape one value per kernel so that it multiplies weights."""
     return values.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+@attrs.frozen
+class Freedom:
+    """What a term's weights may be divided by before eq. 8: powers of two.
+
+    The sums then lie on another power of two, which costs the machine nothing: its requantization
+    shifts anyway.
+
+    Parameters
+    ----------
+    lowest : int
+        The least exponent.
+    largest_code : int
+        Of the map that the weights meet: their sums are to stay in the integers of float32.
+    """
+
+    lowest: int
+    largest_code: int
+
+    def exponent(self, scaled: Array, bits: int) -> int:
+        """Give the exponent with the least squared error of eq. 7 and 8 on scaled weights."""
+        sums = np.abs(scaled).reshape(len(scaled), -1)
+        peak, total = float(sums.max()), float(sums.sum(1).max())
+        if peak == 0:
+            return max(0, self.lowest)
+        half = 2 ** (bits - 1)
+        fitting = math.log2(total * half * self.largest_code / SUMS)
+        lowest = max(self.lowest, math.ceil(fitting))
+        whole = max(math.ceil(math.log2(peak)), lowest)
+        ones = np.ones(len(scaled), scaled.dtype)
+
+        def error(exponent: int) -> float:
+            part = scaled / 2.0**exponent
+            return float(np.square(quantize_weight(part, ones, bits) - part).sum()) * 4.0**exponent
+
+        return min((e for e in (whole, whole - 1) if e >= lowest), key=error)
 
 
 def quantize_weight(normalized: Array, scale: Array, bits: int) -> Array:

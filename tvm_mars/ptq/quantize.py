@@ -11,12 +11,16 @@ Two methods differ in what the codes compensate.
 ``paper`` is eq. 5 to 8 as they stand, with statistics of conv(x, W^) on the quantized maps: what
 :func:`tvm_mars.qat.calibrate` starts training from, code for code but for float rounding.
 
-``corrected`` is for use without training. Eq. 5 stores ``round(a * (2**b - 1))`` and takes it as
-steps of ``2**-b``, eq. 8 likewise, so that every layer shrinks what it computes by up to 1/256 (8
-bits) or 1/8 (4 bits), and BN's additive part does not shrink with it; gammas and ranges take that
-up. A kernel keeps the statistics of its batch norm, scaled by what quantization did to the variance
-of conv(x, W^) on the calibration images, so that few images do; and its bias makes the mean of the
-quantized convolution that of the float one. A kernel without a batch norm is treated alike.
+``corrected`` is for use without training:
+
+- eq. 5 stores ``round(a * (2**b - 1))`` and takes it as steps of ``2**-b``, eq. 8 likewise, so that
+  every layer shrinks what it computes by up to 1/256 (8 bits) or 1/8 (4 bits), and BN's additive
+  part not with it: gammas and ranges take that up;
+- weights reach their largest code whatever their map's range, by a power of two for each
+  convolution, which the shift of the requantization takes up;
+- a kernel keeps the statistics of its batch norm, scaled by what quantization did to the variance
+  of conv(x, W^) on the calibration images, so that few images do; its bias makes the mean of the
+  quantized convolution that of the float one. A kernel without a batch norm is treated alike.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mars_runtime.errors import InputError, OptionError
+from mars_runtime.maps import RAW_BITS
 from mars_runtime.quantize import Dequantize, Quantize
 
 from .. import graph as ir
+from ..onnx_export import EXACT
 from .arithmetic import convolve, mean_windows, pool, product_of_means
-from .fold import group_peak, per_kernel, quantize_weight, round_bias
-from .network import Addition, FloatInput, FloatLayer, FloatNetwork, FloatPool, Sum, Term
+from .fold import Freedom, group_peak, per_kernel, quantize_weight, round_bias
+from .network import Addition, FloatLayer, FloatNetwork, FloatPool, Sum, Term
 from .ranges import Kernels, RangedMap, choose_ranges, result_range, sample_stride
 
 __all__ = ["Method", "Options", "Quantized", "quantize_network"]
@@ -77,9 +83,7 @@ def _pair(value: Any) -> tuple[float, float] | None:
         low, high = value
         return float(low), float(high)
     except (TypeError, ValueError):
-        raise OptionError(
-            f"{value!r} is no pair of numbers", where="option input_range"
-        ) from None
+        raise OptionError(f"{value!r} is no pair of numbers", where="option input_range") from None
 
 
 @attrs.frozen(kw_only=True)
@@ -147,9 +151,7 @@ def quantize_network(
         If accumulators may leave int32.
     """
     images = _checked(network, calibration)
-    borders = {
-        entry.name: _border(images[entry.name], entry, options) for entry in network.inputs
-    }
+    borders = {entry.name: _border(images[entry.name], options) for entry in network.inputs}
     observed = _observe(network, images, borders)
     ranges = _ranges(network, observed, borders, options)
     return _Builder(network, options, observed, ranges, borders).run(images)
@@ -158,16 +160,12 @@ def quantize_network(
 # -- calibration images ----------------------------------------------------------------------------
 
 
-def _checked(
-    network: FloatNetwork, calibration: Mapping[str, npt.ArrayLike]
-) -> dict[str, Array]:
+def _checked(network: FloatNetwork, calibration: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
     """Give float32 images ``[N, C, H, W]`` by input."""
     names = [entry.name for entry in network.inputs]
     unknown = sorted(set(calibration) - set(names))
     if unknown:
-        raise InputError(
-            f"no such input; there are {names}", where=f"calibration for {unknown[0]}"
-        )
+        raise InputError(f"no such input; there are {names}", where=f"calibration for {unknown[0]}")
     found: dict[str, Array] = {}
     for entry in network.inputs:
         where = f"calibration for input {entry.name}"
@@ -207,19 +205,20 @@ class _Border:
         return self.kind.zero_point > 0
 
 
-def _border(images: Array, entry: FloatInput, options: Options) -> _Border:
-    bits, shape = options.input_bits, images.shape[1:]
+def _border(images: Array, options: Options) -> _Border:
+    bits = options.input_bits
+    channels, height, width = images.shape[1:]
     top = 2**bits - 1
     low, high = options.input_range or _span(images)
     if (low, high) == (0.0, 1.0):
         quantize = Quantize(high=top, factor=float(top), clip=(0.0, 1.0))
         unit = 1.0 if options.method == "paper" else 2**bits / top
-        return _Border(ir.MapType(*shape, bits), quantize, unit)
+        return _Border(ir.MapType(channels, height, width, bits), quantize, unit)
     scale = float(np.float32((high - low) / top))
     zero = round(-low / scale)
     clip = (float(np.float32(-zero * scale)), float(np.float32((top - zero) * scale)))
     quantize = Quantize(high=top, scale=scale, zero_point=zero, clip=clip)
-    return _Border(ir.MapType(*shape, bits, zero), quantize, scale * 2**bits)
+    return _Border(ir.MapType(channels, height, width, bits, zero), quantize, scale * 2**bits)
 
 
 def _span(images: Array) -> tuple[float, float]:
@@ -250,15 +249,15 @@ class _Moments:
     @property
     def variance(self) -> Array:
         """The biased one."""
-        return np.maximum(self.squares / self.count - np.square(self.mean), 0)
+        return np.asarray(np.maximum(self.squares / self.count - np.square(self.mean), 0))
 
 
 @attrs.frozen(eq=False)
 class _Observed:
     """What the float network shows on the calibration images.
 
-    ``samples``: some values of each map, before a ReLU's ceiling; ``squares``: the mean square of each
-    map; ``moments``: of each term.
+    ``samples``: some values of each map, before a ReLU's ceiling; ``squares``: the mean square of
+    each map; ``moments``: of each term.
     """
 
     samples: Mapping[str, Array]
@@ -340,10 +339,7 @@ def _ranges(
         if isinstance(layer, Sum):
             if not layer.relu:
                 continue
-            kernels = tuple(
-                _kernels(term, _weight_bits(network, layer, term, options), options.group)
-                for term in layer.terms
-            )
+            kernels = tuple(_kernels(network, layer, term, options) for term in layer.terms)
         passed = isinstance(layer, FloatPool)
         maps.append(
             RangedMap(
@@ -370,13 +366,26 @@ def _ranges(
     return ranges
 
 
-def _kernels(term: Term, bits: int, group: int) -> Kernels:
-    peak = group_peak(term.weight, group)
+def _kernels(network: FloatNetwork, layer: Sum, term: Term, options: Options) -> Kernels:
+    bits = _weight_bits(network, layer, term, options)
+    peak = group_peak(term.weight, options.group)
     normalized = term.weight / per_kernel(peak, term.weight)
-    if term.norm is None:
-        return Kernels(term.input, normalized, peak, bits)
     scale = (term.affine()[0] * peak).astype(np.float32)
-    return Kernels(term.input, normalized, scale, bits, term.norm.gamma)
+    gamma = None if term.norm is None else term.norm.gamma
+    freedom = _freedom(network, layer, term, options)
+    return Kernels(term.input, normalized, scale, bits, gamma, freedom)
+
+
+def _freedom(network: FloatNetwork, layer: Sum, term: Term, options: Options) -> Freedom | None:
+    """What a term's weights may be divided by: a result's range is a power of two itself."""
+    if options.method == "paper" or not layer.relu:
+        return None
+    entry = any(term.input == given.name for given in network.inputs)
+    given = options.input_bits if entry else options.activation_bits
+    grid = given + _weight_bits(network, layer, term, options) - 1
+    # The clamped sums, times 2**bits - 1, are to stay in the integers of float32 as well.
+    lowest = grid + options.activation_bits - EXACT.bit_length() + 1
+    return Freedom(lowest, 2**given - 1)
 
 
 def _weight_bits(network: FloatNetwork, layer: Sum, term: Term, options: Options) -> int:
@@ -393,10 +402,15 @@ def _weight_bits(network: FloatNetwork, layer: Sum, term: Term, options: Options
 
 @attrs.frozen(eq=False)
 class _Folded:
-    """Eq. 7 and 8 of a term: weights in steps of ``2**-(bits-1)``, the bias in the map's unit."""
+    """Eq. 7 and 8 of a term.
+
+    ``weight``: multiples of ``2**-(bits-1)``, to be multiplied by ``2**exponent``; ``bias``: over
+    the range of the map.
+    """
 
     weight: Array
     bias: Array
+    exponent: int = 0
 
 
 class _Builder:
@@ -450,7 +464,7 @@ class _Builder:
         self.layers.append(made)
         self.names[layer.name] = made.name
         kind = self.types[made.name] = ir._result_type(made, self.types)
-        if kind.bits == ir.RAW_BITS:
+        if kind.bits == RAW_BITS:
             self.units[layer.name] = self.ranges[layer.name]
         elif isinstance(made, ir.Pool) and made.requant is None:
             self.units[layer.name] = self.units[layer.inputs[0]]
@@ -461,7 +475,7 @@ class _Builder:
     def leaving(self, value: str) -> Dequantize:
         """How a map becomes numbers again."""
         kind, unit = self.types[self.names[value]], self.units[value]
-        if kind.bits != ir.RAW_BITS:
+        if kind.bits != RAW_BITS:
             return Dequantize(scale=(float(np.float32(unit * 2.0**-kind.bits)),))
         (made,) = [layer for layer in self.layers if layer.name == self.names[value]]
         assert isinstance(made, ir.Conv)
@@ -523,11 +537,14 @@ class _Builder:
         """Fold a layer's terms, append it, and give its codes."""
         bits = [_weight_bits(self.network, layer, term, self.options) for term in layer.terms]
         kinds = [self.types[self.names[term.input]] for term in layer.terms]
-        grids = [kind.bits + width - 1 for kind, width in zip(kinds, bits, strict=True)]
-        residual_bits = self.types[self.names[layer.residual]].bits if layer.residual else 0
-        grid = max(*grids, residual_bits) if layer.residual else max(grids)
         folded = [self.fold(layer, term, w) for term, w in zip(layer.terms, bits, strict=True)]
         running, kept = zip(*folded, strict=True)
+        grids = [
+            kind.bits + width - 1 - fold.exponent
+            for kind, width, fold in zip(kinds, bits, kept, strict=True)
+        ]
+        residual_bits = self.types[self.names[layer.residual]].bits if layer.residual else 0
+        grid = max(*grids, residual_bits)
         terms = [
             self.term(term, fold.weight, width, grid - own)
             for term, fold, width, own in zip(layer.terms, kept, bits, grids, strict=True)
@@ -561,7 +578,8 @@ class _Builder:
         for chunk in self.chunks():
             total: Any = bias[:, None, None]
             for term, fold in zip(layer.terms, folded, strict=True):
-                total = total + convolve(self.stored(term.input, chunk), fold.weight, term)
+                weight = fold.weight * 2.0**fold.exponent
+                total = total + convolve(self.stored(term.input, chunk), weight, term)
             if layer.residual:
                 total = total + self.stored(layer.residual, chunk)
             top = np.float32(2**bits - 1)
@@ -583,7 +601,8 @@ class _Builder:
                 found.add(convolve(self.stored(term.input, chunk), normalized, term))
         span, unit = self.ranges[layer.name], self.units[term.input]
         if self.exact:
-            both = self.corrected(term, bits, peak, normalized, found, span, unit)
+            freedom = _freedom(self.network, layer, term, self.options)
+            both = self.corrected(term, bits, peak, normalized, found, span, unit, freedom)
             return both, both
         if term.norm is None:
             scale = peak * unit / span
@@ -601,9 +620,7 @@ class _Builder:
     ) -> _Folded:
         """Eq. 7 with given statistics of conv(x, W^)."""
         scale = norm.gamma / span / np.sqrt(variance + norm.epsilon)
-        return _Folded(
-            quantize_weight(normalized, scale, bits), norm.beta / span - scale * mean
-        )
+        return _Folded(quantize_weight(normalized, scale, bits), norm.beta / span - scale * mean)
 
     def corrected(
         self,
@@ -614,6 +631,7 @@ class _Builder:
         found: _Moments,
         span: float,
         unit: float,
+        freedom: Freedom | None,
     ) -> _Folded:
         """Eq. 7 with the model's own statistics, and what quantization changed taken up."""
         given, half = self.observed.moments[term.name], 2 ** (bits - 1)
@@ -621,11 +639,14 @@ class _Builder:
         # Of conv(x, W^) with x in real units, before and after quantization.
         before = given.variance / np.square(peak.astype(np.float64)) + _TINY
         after = found.variance * unit**2 + _TINY
-        scale = gain * peak * np.sqrt(np.clip(before / after, 1 / DRIFT, DRIFT))
-        weight = quantize_weight(normalized, scale * (unit / span) * (half / (half - 1)), bits)
+        scale = gain * peak * np.sqrt(np.clip(before / after, 1 / DRIFT, DRIFT)) * (unit / span)
+        exponent = 0
+        if freedom is not None:
+            exponent = freedom.exponent(normalized * per_kernel(scale, normalized), bits)
+        weight = quantize_weight(normalized, scale * (half / (half - 1) / 2.0**exponent), bits)
         wanted = (bias + gain * given.mean) / span
-        means = self.means(term)
-        return _Folded(weight, wanted - product_of_means(weight, means, term))
+        mean = product_of_means(weight, self.means(term), term) * 2.0**exponent
+        return _Folded(weight, wanted - mean, exponent)
 
     def means(self, term: Term) -> Array:
         """Give the means of what a term's weights meet on the calibration images."""

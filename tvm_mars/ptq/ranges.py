@@ -19,7 +19,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from .fold import per_kernel, quantize_weight
+from .fold import Freedom, per_kernel, quantize_weight
 
 __all__ = ["Kernels", "RangedMap", "choose_ranges", "result_range", "sample_stride"]
 
@@ -27,6 +27,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 CANDIDATES = 40  # ranges that are tried, evenly spaced up to the largest value
 SAMPLES = 100_000  # of a map's values, by which a range is chosen
+WEIGHTS = 2**18  # of a layer, or every so many-th kernel, by which a range is chosen
 ROOM = 1.5  # for the growth of a last layer's weights in training
 PASSES = 2  # as a map's weights are scaled by its input's range, too, which is chosen like it
 
@@ -45,6 +46,8 @@ class Kernels:
         What multiplies it, as if no map were divided by anything.
     gamma : float array ``[O]`` or None
         Of the normalization behind it, if there is one: the deviation of the channel.
+    freedom : Freedom, optional
+        What the scaled weights may be divided by; None: nothing, as in eq. 7.
     """
 
     input: str
@@ -52,6 +55,7 @@ class Kernels:
     scale: Array
     bits: int
     gamma: Array | None = None
+    freedom: Freedom | None = None
 
 
 @attrs.frozen(eq=False)
@@ -224,14 +228,16 @@ def _weight_error(
     noise. Without one, the weights' errors meet the mean square of the input, as they are
     independent. A ReLU passes half of either.
     """
-    before = ranges[kernels.input]
-    scale = kernels.scale * (before / span)
+    some = slice(None, None, max(1, kernels.normalized.size // WEIGHTS))
+    normalized, before = kernels.normalized[some], ranges[kernels.input]
+    scale = kernels.scale[some] * (before / span)
     half = 2 ** (kernels.bits - 1)
-    wanted = (kernels.normalized * per_kernel(scale, kernels.normalized)).reshape(len(scale), -1)
-    got = quantize_weight(kernels.normalized, scale, kernels.bits) * (half / (half - 1))
-    wrong = np.square(got.reshape(len(scale), -1) - wanted).sum(1)
+    wanted = normalized * per_kernel(scale, normalized)
+    unit = 2.0 ** kernels.freedom.exponent(wanted, kernels.bits) if kernels.freedom else 1.0
+    got = quantize_weight(normalized, scale / unit, kernels.bits) * (unit * half / (half - 1))
+    wrong = np.square(got - wanted).reshape(len(scale), -1).sum(1)
     if kernels.gamma is None:
         return float(wrong.mean() * (span / before) ** 2 * moments[kernels.input]) / 2
-    power = np.square(wanted).sum(1)
+    power = np.square(wanted).reshape(len(scale), -1).sum(1)
     share = wrong / np.where(power > 0, power, 1.0)
-    return float((np.square(kernels.gamma) * share).mean()) / 2
+    return float((np.square(kernels.gamma[some]) * share).mean()) / 2
