@@ -10,7 +10,13 @@ import onnx
 
 from python_tests.onnx_models import ModelWriter
 
-__all__ = ["FloatWriter", "digits_classifier", "float_network_model", "run_onnx"]
+__all__ = [
+    "FloatWriter",
+    "digits_classifier",
+    "float_image_model",
+    "float_network_model",
+    "run_onnx",
+]
 
 Array = npt.NDArray[Any]
 
@@ -78,6 +84,16 @@ def float_network_model(seed: int = 0, batch: int | str = 4) -> onnx.ModelProto:
     writer.dense(flat, writer.rng.normal(0, 0.3, (10, 32)), writer.rng.normal(0, 0.3, 10))
     writer.name_last("scores")
     return writer.model({"image": [batch, 3, 12, 12]}, {"scores": [batch, 10]})
+
+
+def float_image_model() -> onnx.ModelProto:
+    """Build a small network for images ``[N, 1, 16, 16]``."""
+    writer = FloatWriter(np.random.default_rng(0))
+    x = writer.node("Relu", writer.some_norm(writer.conv("image", 1, 16), 16))
+    x = writer.node("Flatten", writer.node("GlobalAveragePool", x), axis=1)
+    writer.dense(x, writer.rng.normal(0, 0.3, (10, 16)), np.zeros(10))
+    writer.name_last("scores")
+    return writer.model({"image": ["N", 1, 16, 16]}, {"scores": ["N", 10]})
 
 
 def digits_classifier(images: Array, labels: Array, batch: int) -> onnx.ModelProto:

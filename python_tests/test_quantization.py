@@ -128,10 +128,8 @@ def test_the_pass_stands_in_a_sequence() -> None:
     model = float_network_model()
     step = tvm_mars.QuantizeForMars({"image": draw()}, activation_bits=4)
     assert step.info.name == "mars.QuantizeForMars"
-    if RELAY:
-        first = tvm.relay.transform.InferType()
-    else:
-        first = tvm.relax.transform.CanonicalizeBindings()
+    other = tvm.relay.transform.InferType if RELAY else tvm.relax.transform.CanonicalizeBindings
+    first = other()
     mod = tvm.transform.Sequential([first, step])(import_float(model))
     same(mod, tvm_mars.quantize(model, calibration={"image": draw()}, activation_bits=4))
     assert not tvm_mars.offload_report(mod).rejected
@@ -305,7 +303,7 @@ def test_sums_beyond_float32_are_refused_or_made_coarser() -> None:
     """By the paper's scales they need 2**24 steps and more; a power of two brings them below."""
     images = draw(8, shape=(640, 5, 5))
     images[:, :, 2:] = 0  # so that the range is small beside what the weights could sum to
-    images /= 30
+    images /= 300
     model = wide_model()
     with pytest.raises(CapacityError, match=r"wide: accumulators may leave .* float32"):
         tvm_mars.quantize(model, calibration={"image": images}, method="paper")

@@ -41,7 +41,7 @@ _width = click.Choice(["4", "8"])
     type=click.Choice(["corrected", "paper"]),
     default="corrected",
     show_default=True,
-    help="`paper` is eq. 5 to 8 as they stand; `corrected` takes up what they lose by not training.",
+    help="`paper` is eq. 5 to 8 as they stand; `corrected` takes up what they lose untrained.",
 )
 def quantize_command(model: str, data: str, output: str, **options: Any) -> None:
     """Quantize a float ONNX model for MARS, without training it.

@@ -94,6 +94,13 @@ def float_network(
         Naming the first operator that has no place in a quantized network, with the remedy.
     """
     operators = list(operators)
+    for operator in operators:
+        if operator.op in ("quantize", "dequantize"):
+            raise UnsupportedError(
+                "the module is quantized already",
+                where=operator.where,
+                hint="give it to partition_for_mars as it is",
+            )
     readers = Counter(name for op in operators for name in op.inputs if isinstance(name, str))
     readers.update(value for _, value in results)
     builder = _Builder(readers)
@@ -391,11 +398,11 @@ def _multiply(build: _Builder, operator: Operator, one: _Value, other: _Value) -
 
 
 def _divide(build: _Builder, operator: Operator, data: _Value, divisor: _Value) -> _Value:
-    return _scale(operator, data, 1 / _constant(divisor, operator, "divisor"))
+    return _scale(operator, data, np.asarray(1 / _constant(divisor, operator, "divisor")))
 
 
 def _subtract(build: _Builder, operator: Operator, data: _Value, other: _Value) -> _Value:
-    return _add(build, operator, data, -_constant(other, operator, "subtrahend"))
+    return _add(build, operator, data, np.asarray(-_constant(other, operator, "subtrahend")))
 
 
 def _add(build: _Builder, operator: Operator, left: _Value, right: _Value) -> _Value:
@@ -564,14 +571,6 @@ def _identity(build: _Builder, operator: Operator, data: _Value) -> _Value:
     return data
 
 
-def _quantized(build: _Builder, operator: Operator, *operands: _Value) -> _Value:
-    raise UnsupportedError(
-        "the module is quantized already",
-        where=operator.where,
-        hint="give it to partition_for_mars as it is",
-    )
-
-
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "add": _add,
@@ -580,7 +579,6 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "clip": _clip,
     "conv2d": _conv2d,
     "dense": _dense,
-    "dequantize": _quantized,
     "divide": _divide,
     "dropout": _identity,
     "matmul": _matmul,
@@ -590,7 +588,6 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "minimum": _minimum,
     "multiply": _multiply,
     "pad": _pad,
-    "quantize": _quantized,
     "relu": _relu,
     "reshape": _reshape,
     "subtract": _subtract,

@@ -73,7 +73,7 @@ def read_floats(
     main = mod["main"]
     names = [str(name) for name in main.attrs[INPUT_NAMES]]
     values = dict(zip(main.params, names, strict=True))
-    inputs = [FloatInput(name, _image(var, name)) for var, name in zip(main.params, names)]
+    inputs = [FloatInput(name, _image(var, name)) for var, name in values.items()]
     reader = _Reader(main, values)
     operators = list(reader.operators())
     results = zip((str(name) for name in main.attrs[OUTPUT_NAMES]), reader.results(), strict=True)
@@ -144,7 +144,7 @@ class _Reader:
                 where=f"{known} (batch_norm)",
                 hint="import the network in evaluation mode",
             )
-        result = f"%{name}"
+        result = f"%{len(self.values)}"  # passes give several variables the same name
         shape = sizes(call)
         if op == "batch_norm":
             shape = sizes(call.args[0])
