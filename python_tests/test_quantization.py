@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from mars_runtime.errors import CapacityError, InputError, OptionError, UnsupportedError
@@ -16,6 +18,7 @@ from python_tests.float_models import (
     float_network_model,
     run_onnx,
 )
+from tvm_mars.cli import mars
 from tvm_mars.zoo.digits import digits_split, training_split
 
 tvm = pytest.importorskip("tvm")
@@ -199,6 +202,28 @@ def test_names_that_the_exporter_uses_itself_are_kept() -> None:
     mod = tvm_mars.quantize(model, calibration={"conv0": draw()})
     compiled = compile_whole(mod, 14)
     assert compiled.input_names == ("conv0",) and compiled.output_names == ("x0_codes",)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    model = float_network_model(batch="N")  # of which Relay makes one image
+    onnx.save(model, tmp_path / "float.onnx")
+    np.savez(tmp_path / "images.npz", image=draw(32))
+    written = tmp_path / "net.onnx"
+    call = ["quantize", str(tmp_path / "float.onnx"), "--data", str(tmp_path / "images.npz")]
+    result = CliRunner().invoke(mars, [*call, "-o", str(written), "--activation-bits", "4"])
+    assert result.exit_code == 0, result.output
+    wanted = tvm_mars.quantize(
+        float_network_model(batch=1 if RELAY else "N"),
+        calibration={"image": draw(32)},
+        activation_bits=4,
+    )
+    x = draw(1)
+    np.testing.assert_array_equal(
+        IR.build_for_cpu(import_float(onnx.load(written)))(x), IR.build_for_cpu(wanted)(x)
+    )
+    np.savez(tmp_path / "images.npz", picture=draw(32))
+    result = CliRunner().invoke(mars, [*call, "-o", str(written)])
+    assert result.exit_code == 1 and "picture" in result.output
 
 
 def test_a_map_leaves_in_its_own_units() -> None:

@@ -36,6 +36,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mars_runtime.errors import CapacityError, UnsupportedError
 
 from .graph import (
+    EXACT,
     Add,
     Conv,
     ConvTerm,
@@ -52,7 +53,6 @@ __all__ = ["check_exact", "to_onnx"]
 
 OPSET = 17  # the newest that Relay's and Relax's importers share; no operator here needs more
 IR_VERSION = 8
-EXACT = 2**24  # float32 holds every integer up to here
 BATCH = "N"
 
 

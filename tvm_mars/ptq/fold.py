@@ -17,11 +17,13 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from ..graph import EXACT
+
 __all__ = ["Freedom", "group_peak", "per_kernel", "quantize_weight", "round_bias"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-SUMS = 2.0**23  # of weights and codes: half of what float32 holds, the rest is for the bias
+SUMS = EXACT / 2  # of weights and codes; the rest is for the bias
 
 
 def group_peak(weight: Array, group: int) -> Array:

@@ -37,7 +37,7 @@ from mars_runtime.maps import RAW_BITS
 from mars_runtime.quantize import Dequantize, Quantize
 
 from .. import graph as ir
-from ..onnx_export import EXACT
+from ..graph import EXACT
 from .arithmetic import convolve, mean_windows, pool, product_of_means
 from .fold import Freedom, group_peak, per_kernel, quantize_weight, round_bias
 from .network import Addition, FloatLayer, FloatNetwork, FloatPool, Sum, Term
