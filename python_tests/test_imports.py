@@ -20,6 +20,7 @@ CORE = [
     "tvm_mars.networks",
     "tvm_mars.options",
     "tvm_mars.pack",
+    "tvm_mars.ptq",
     "tvm_mars.schedule",
     "tvm_mars.skeleton",
 ]

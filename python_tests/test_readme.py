@@ -12,6 +12,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("tvm")
 
+from python_tests.float_models import float_image_model  # noqa: E402
 from tvm_mars.onnx_export import to_onnx  # noqa: E402
 from tvm_mars.zoo import load_digits  # noqa: E402
 
@@ -30,6 +31,7 @@ def test_block_runs(
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     onnx.save(to_onnx(load_digits()), "net.onnx")
+    onnx.save(float_image_model(), "float.onnx")
     names: dict[str, Any] = {"images": np.zeros((2, 1, 16, 16), np.float32)}
     exec(BLOCKS[number], names)
     figure = re.search(r"# ([\d,]+) core cycles", BLOCKS[number])

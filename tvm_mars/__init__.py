@@ -18,16 +18,25 @@ if TYPE_CHECKING:
     from mars_runtime.arch import MarsArch
 
     from .constraints import supported_ops
-    from .frontend.relax import CompiledModel, compile, offload_report, partition_for_mars
+    from .frontend.relax import (
+        CompiledModel,
+        QuantizeForMars,
+        compile,
+        offload_report,
+        partition_for_mars,
+        quantize,
+    )
     from .options import CompileOptions
 
 __all__ = [
     "CompileOptions",
     "CompiledModel",
     "MarsArch",
+    "QuantizeForMars",
     "compile",
     "offload_report",
     "partition_for_mars",
+    "quantize",
     "supported_ops",
 ]
 
@@ -36,7 +45,14 @@ _HOMES = {
     "MarsArch": "mars_runtime.arch",
     "supported_ops": ".constraints",
 }
-_OF_THE_IR = ("CompiledModel", "compile", "offload_report", "partition_for_mars")
+_OF_THE_IR = (
+    "CompiledModel",
+    "QuantizeForMars",
+    "compile",
+    "offload_report",
+    "partition_for_mars",
+    "quantize",
+)
 
 
 def __getattr__(name: str) -> Any:

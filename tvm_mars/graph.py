@@ -29,6 +29,7 @@ from mars_runtime.quantize import Dequantize, Quantize
 from mars_runtime.rounding import MAX_SHIFT, divide_half_even
 
 __all__ = [
+    "EXACT",
     "Add",
     "Conv",
     "ConvTerm",
@@ -47,6 +48,9 @@ __all__ = [
 ]
 
 IntArray: TypeAlias = npt.NDArray[Any]
+
+
+EXACT = 2**24  # float32 holds every integer up to here
 
 
 class GraphError(MarsError, ValueError):

@@ -2,7 +2,8 @@
 
 Every value of a native graph is a map of codes; ``code / 2**bits`` is its real value. In the file
 
-- an input is ``Clip(0, 1)``, ``Mul(2**bits - 1)``, ``QuantizeLinear`` with scale 1;
+- an input is ``Clip(0, 1)``, ``Mul(2**bits - 1)``, ``QuantizeLinear`` with scale 1; one of another
+  range is ``Clip``, ``QuantizeLinear`` with its scale and zero point;
 - each arithmetic operator reads ``DequantizeLinear`` nodes whose scales are powers of two, and a
   requantization is again Clip, Mul, QuantizeLinear (eq. 5: ``round(clamp(a) * (2**bits - 1))``);
 - a convolution is ``Conv``, a layer whose kernel covers its input ``Flatten`` and ``Gemm``; further
@@ -13,16 +14,17 @@ Every value of a native graph is a map of codes; ``code / 2**bits`` is its real 
   twice.
 
 A layer's accumulators lie on the grid ``2**-P``, ``P`` the shift of its requantization. Its weight
-codes have the scale ``2**-(P - shift - bits_in)``, which is ``2**-(bits_weight - 1)`` in a network
-of eq. 5 to 8; its residual, and the operands of an addition ``m_i * 2**-P``, likewise. float32 adds
-such values without rounding, in any order and with or without fused multiply-add, as long as they
-stay below ``2**24`` steps of the grid: :func:`check_exact` proves that for each layer.
+codes have the scale ``2**-(bits_weight - 1)``, by which importers know 4 bits, and the map that
+they meet has what is left of ``2**(shift - P)``, which is ``2**-bits`` in a network of eq. 5 to 8;
+its residual, and the operands of an addition ``m_i * 2**-P``, likewise. float32 adds such values
+without rounding, in any order and with or without fused multiply-add, as long as they stay below
+``2**24`` steps of the grid: :func:`check_exact` proves that for each layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -34,6 +36,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mars_runtime.errors import CapacityError, UnsupportedError
 
 from .graph import (
+    EXACT,
     Add,
     Conv,
     ConvTerm,
@@ -50,23 +53,25 @@ __all__ = ["check_exact", "to_onnx"]
 
 OPSET = 17  # the newest that Relay's and Relax's importers share; no operator here needs more
 IR_VERSION = 8
-EXACT = 2**24  # float32 holds every integer up to here
 BATCH = "N"
 
 
-def to_onnx(graph: Graph) -> onnx.ModelProto:
+def to_onnx(
+    graph: Graph, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None
+) -> onnx.ModelProto:
     """Export a native graph.
 
     Parameters
     ----------
     graph : Graph
-        All requantizations native (eq. 5), inputs float32 by eq. 5, zero points 0.
+        All requantizations native (eq. 5); inputs float32, by eq. 5 or by a scale and zero point.
+    inputs, outputs : sequence of str, optional
+        Their names; if None, ``x0, x1, ...`` and ``y0, y1, ...``.
 
     Returns
     -------
     onnx.ModelProto
-        Checked; inputs are named ``x0, x1, ...``, outputs ``y0, y1, ...``; the batch dimension is
-        ``N``. The same graph gives the same bytes.
+        Checked; the batch dimension is ``N``. The same graph gives the same bytes.
 
     Raises
     ------
@@ -93,9 +98,13 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
         writer.input(entry)
     for layer in graph.layers:
         writer.layer(layer)
-    for i, out in enumerate(graph.outputs):
-        writer.output(f"y{i}", out)
-    return writer.model()
+    ours = [f"y{i}" for i in range(len(graph.outputs))]
+    for name, out in zip(ours, graph.outputs, strict=True):
+        writer.output(name, out)
+    asked = dict(zip(ours, outputs or ours, strict=True))
+    entries = [entry.name for entry in graph.inputs]
+    asked.update(zip(entries, inputs or entries, strict=True))
+    return writer.model(asked)
 
 
 def check_exact(graph: Graph) -> None:
@@ -122,19 +131,21 @@ def check_exact(graph: Graph) -> None:
 
 def _check_input(entry: Input) -> None:
     top = 2**entry.type.bits - 1
-    quantize, kind = entry.quantize, entry.type
-    native = (quantize.dtype, quantize.low, quantize.high, quantize.scale, quantize.zero_point)
-    if (
-        native != ("float32", 0, top, 1.0, 0)
-        or quantize.factor != top
-        or quantize.clip != (0.0, 1.0)
-        or kind.zero_point
-    ):
+    quantize, zero = entry.quantize, entry.type.zero_point
+    whole = (quantize.dtype, quantize.low, quantize.high) == ("float32", 0, top)
+    scaled = quantize.factor == 1 and quantize.zero_point == zero and quantize.clip is not None
+    if not whole or not (scaled or _is_eq5(entry)):
         raise UnsupportedError(
             f"quantizes {quantize}",
             where=entry.name,
-            hint=f"eq. 5 is clip 0..1 * {top} in 0..{top}",
+            hint=f"eq. 5 is clip 0..1 * {top} in 0..{top}; a scale and zero point need a clip",
         )
+
+
+def _is_eq5(entry: Input) -> bool:
+    quantize = entry.quantize
+    step = (quantize.scale, quantize.zero_point, quantize.clip, entry.type.zero_point)
+    return quantize.factor == 2**entry.type.bits - 1 and step == (1.0, 0, (0.0, 1.0), 0)
 
 
 def _check_layer(layer: Layer, graph: Graph) -> None:
@@ -217,8 +228,9 @@ class _Writer:
     inputs: list[onnx.ValueInfoProto] = attrs.field(factory=list)
     outputs: list[onnx.ValueInfoProto] = attrs.field(factory=list)
 
-    def model(self) -> onnx.ModelProto:
-        """Assemble and check the model."""
+    def model(self, names: Mapping[str, str]) -> onnx.ModelProto:
+        """Assemble and check the model, some of its tensors named otherwise."""
+        self.name(names)
         graph = helper.make_graph(
             self.nodes, "mars", self.inputs, self.outputs, list(self.constants.values())
         )
@@ -227,6 +239,25 @@ class _Writer:
         model.ir_version = IR_VERSION
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def name(self, names: Mapping[str, str]) -> None:
+        """Name inputs and outputs; what else has such a name takes another."""
+        if len(set(names.values())) < len(names) or "" in names.values():
+            raise UnsupportedError(
+                f"{sorted(names.values())} do not name each input and output apart", where="names"
+            )
+        inner = {*self.constants, *(out for node in self.nodes for out in node.output)} - set(names)
+        given = dict(names)
+        for name in sorted(inner & set(names.values())):
+            other = f"{name}_"
+            while other in inner or other in names.values():
+                other += "_"
+            given[name] = other
+        for node in self.nodes:
+            node.input[:] = [given.get(entry, entry) for entry in node.input]
+            node.output[:] = [given.get(entry, entry) for entry in node.output]
+        for entry in (*self.inputs, *self.outputs, *self.constants.values()):
+            entry.name = given.get(entry.name, entry.name)
 
     # -- pieces --
 
@@ -247,11 +278,17 @@ class _Writer:
         """Give a float32 scalar."""
         return self.constant(f"float_{value}", np.array(value, np.float32))
 
-    def dequantize(self, codes: str, dtype: str, exponent: int, result: str) -> str:
-        """Multiply codes by ``2**exponent``."""
+    def dequantize(
+        self, codes: str, dtype: str, exponent: int, result: str, zero_point: int = 0
+    ) -> str:
+        """Multiply codes minus their zero point by ``2**exponent``."""
         scale = self.constant(f"two_power_{exponent}", np.array(2.0**exponent, np.float32))
-        zero = self.constant(f"zero_{dtype}", np.array(0, dtype))
+        zero = self.zero(zero_point, dtype)
         return self.node("DequantizeLinear", [codes, scale, zero], result)
+
+    def zero(self, code: int, dtype: str) -> str:
+        """Give a zero point."""
+        return self.constant(f"zero_{dtype}{code or ''}", np.array(code, dtype))
 
     def parameter(self, codes: npt.NDArray[np.generic], exponent: int, name: str) -> str:
         """Dequantize a constant of weight or bias codes."""
@@ -284,16 +321,32 @@ class _Writer:
 
     def real(self, value: str, shape: tuple[int, ...], exponent: int) -> str:
         """Give the codes of a value times ``2**exponent``."""
-        codes = self.codes(value, shape)
-        return self.dequantize(codes, "uint8", exponent, f"{codes}_times_2^{exponent}")
+        codes, zero = self.codes(value, shape), self.graph.types[value].zero_point
+        return self.dequantize(codes, "uint8", exponent, f"{codes}_times_2^{exponent}", zero)
 
     # -- borders --
 
     def input(self, entry: Input) -> None:
         """Add an input and its quantization."""
         self.inputs.append(_declare(entry.name, TensorProto.FLOAT, entry.shape))
-        codes = self.eq5(entry.name, entry.type.bits, f"{entry.name}_codes")
-        self.put(entry.name, entry.shape, codes)
+        result = f"{entry.name}_codes"
+        if _is_eq5(entry):
+            self.eq5(entry.name, entry.type.bits, result)
+        else:
+            self.scaled(entry, result)
+        self.put(entry.name, entry.shape, result)
+
+    def scaled(self, entry: Input, result: str) -> None:
+        """Quantize an input by a scale and zero point."""
+        form = entry.quantize
+        assert form.clip is not None  # _check_input
+        bounds = [
+            self.constant(f"{entry.name}_{end}", np.array(value, np.float32))
+            for end, value in zip(("low", "high"), form.clip, strict=True)
+        ]
+        clipped = self.node("Clip", [entry.name, *bounds], f"{result}_clip")
+        scale = self.constant(f"{entry.name}_scale", np.array(form.scale, np.float32))
+        self.node("QuantizeLinear", [clipped, scale, self.zero(form.zero_point, "uint8")], result)
 
     def output(self, name: str, out: Output) -> None:
         """Add an output and the conversion to it."""
@@ -302,11 +355,15 @@ class _Writer:
         if raw or (form.dtype, form.low) == ("uint8", 0):
             self.rename(self.codes(out.value, out.shape), name)
         elif form.dtype == "float32" and len(form.scale) == 1 and form.zero_point == 0:
-            exponent = _exponent(form.scale[0], out.value)
-            self.dequantize(self.codes(out.value, out.shape), "uint8", exponent, name)
+            codes, scale = self.codes(out.value, out.shape), form.scale[0]
+            if math.frexp(scale)[0] == 0.5:
+                self.dequantize(codes, "uint8", _exponent(scale, out.value), name)
+            else:
+                step = self.constant(f"{name}_scale", np.array(scale, np.float32))
+                self.node("DequantizeLinear", [codes, step, self.zero(0, "uint8")], name)
         else:
             raise UnsupportedError(
-                f"leaves {form}", where=out.value, hint="give codes, or one power of two as scale"
+                f"leaves {form}", where=out.value, hint="give codes, or one scale"
             )
         dtype = TensorProto.FLOAT if form.dtype == "float32" else TensorProto.UINT8
         self.outputs.append(_declare(name, dtype, out.shape))
@@ -348,9 +405,10 @@ class _Writer:
             name = f"{layer.name}_term{i}"
             source = types[term.input]
             given = (math.prod(source.shape),) if dense else source.shape
-            data = self.real(term.input, given, -source.bits)
+            step = 1 - term.weight_bits
+            data = self.real(term.input, given, term.shift - grid - step)
             codes = term.weight.reshape(len(term.weight), -1) if dense else term.weight
-            weight = self.parameter(codes, term.shift + source.bits - grid, f"{name}_weight")
+            weight = self.parameter(codes, step, f"{name}_weight")
             operands = [data, weight, bias] if i == carrier else [data, weight]
             parts.append(
                 self.node("Gemm", operands, name, transB=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,7 @@ import attrs
 from mars_runtime.arch import MarsArch, load_arch
 from mars_runtime.errors import OptionError
 
-__all__ = ["CompileOptions", "read_assignment"]
+__all__ = ["CompileOptions", "read_assignment", "require_known"]
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -57,11 +57,8 @@ class CompileOptions:
         """
         known = [field.name for field in attrs.fields(cls)]
         values: dict[str, Any] = {}
+        require_known(given, known)
         for name, value in given.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 3, 0.4)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"known: {known}"
-                raise OptionError("no such option", where=f"option {name}", hint=hint)
             values[name] = _READERS[name](name, value)
         return cls(**values)
 
@@ -104,6 +101,21 @@ def read_assignment(text: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise OptionError(f"{text!r} is not FIELD=VALUE")
     return name.strip(), value.strip()
+
+
+def require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Check the names of options.
+
+    Raises
+    ------
+    OptionError
+        If one is unknown; the nearest names are given.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {list(known)}"
+            raise OptionError("no such option", where=f"option {name}", hint=hint)
 
 
 def _brief(value: Any) -> str:

@@ -16,7 +16,7 @@ from mars_runtime.errors import UnsupportedError
 from mars_runtime.quantize import Dequantize, Quantize
 
 from .. import graph as ir
-from ..onnx_export import EXACT
+from ..graph import EXACT
 from .layers import Addition, Average, Drop, Entry, Layer, Maximum, Sum
 from .network import MarsNetwork
 

@@ -15,11 +15,13 @@ from .api import CompiledModel, build_for_cpu, compile, import_model
 from .codegen import codegen, pipeline
 from .exported import load_library
 from .partition import offload_report, partition_for_mars, register_chains
+from .quantization import QuantizeForMars, quantize, quantize_to_onnx
 from .regions import read_region
 
 __all__ = [
     "IR",
     "CompiledModel",
+    "QuantizeForMars",
     "build_for_cpu",
     "compile",
     "import_model",
@@ -27,6 +29,8 @@ __all__ = [
     "offload_report",
     "partition_for_mars",
     "pipeline",
+    "quantize",
+    "quantize_to_onnx",
     "read_region",
     "register",
 ]

@@ -18,11 +18,13 @@ from .description import LISTENER, listen
 from .exported import load_library
 from .importer import import_model
 from .partition import offload_report, partition_for_mars, pattern_table
+from .quantization import QuantizeForMars, quantize, quantize_to_onnx
 from .regions import read_region
 
 __all__ = [
     "IR",
     "CompiledModel",
+    "QuantizeForMars",
     "build_for_cpu",
     "compile",
     "import_model",
@@ -30,6 +32,8 @@ __all__ = [
     "offload_report",
     "partition_for_mars",
     "pattern_table",
+    "quantize",
+    "quantize_to_onnx",
     "read_region",
     "register",
 ]

@@ -1,0 +1,98 @@
+"""Quantization of float Relay modules: a function and the pass ``mars.QuantizeForMars``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tvm
+
+from ..quantization import Calibration, quantized_onnx, read_options
+from .floats import read_floats
+from .importer import import_model
+from .nodes import sizes
+
+__all__ = ["QuantizeForMars", "quantize", "quantize_to_onnx"]
+
+
+def quantize(
+    source: Any,
+    params: Mapping[str, Any] | None = None,
+    *,
+    calibration: Calibration | None = None,
+    shape: Mapping[str, Sequence[int]] | None = None,
+    **options: Any,
+) -> tvm.IRModule:
+    """Quantize a float network for MARS, without training it.
+
+    Batch norm is folded into 4 or 8-bit weights by the paper's eq. 6 to 8, maps are stored by
+    eq. 5, each divided by the range that fits it best on the calibration images.
+
+    Parameters
+    ----------
+    source : tvm.IRModule, path or onnx.ModelProto
+        A float network, NCHW: convolutions and dense products with constant weights, batch norms,
+        ReLUs, pools, additions.
+    params : mapping of str to array, optional
+        Parameters of ``main`` that become constants.
+    calibration : mapping of str to array, or iterable of such mappings
+        Some hundred typical images ``[N, ...]`` by input name.
+    shape : mapping of str to sequence of int, optional
+        Shapes of inputs that an ONNX model leaves open: Relay compiles for one batch size.
+    **options
+        Fields of :class:`tvm_mars.ptq.Options`: ``weight_bits``, ``activation_bits``, ...
+
+    Returns
+    -------
+    tvm.IRModule
+        The quantized network, its inputs and outputs named as before;
+        :func:`tvm_mars.partition_for_mars` offloads all of it.
+
+    Raises
+    ------
+    UnsupportedError
+        If an operator has no quantized form, with its name and the remedy.
+    InputError
+        If the calibration is missing or does not fit, or a weight is NaN.
+    CapacityError
+        If a layer's sums could leave the integers that float32 holds.
+    OptionError
+        If an option is unknown or bad.
+    """
+    model = quantize_to_onnx(source, params, calibration=calibration, shape=shape, **options)
+    return import_model(model)
+
+
+def quantize_to_onnx(
+    source: Any,
+    params: Mapping[str, Any] | None = None,
+    *,
+    calibration: Calibration | None = None,
+    shape: Mapping[str, Sequence[int]] | None = None,
+    **options: Any,
+) -> Any:
+    """Quantize a float network as :func:`quantize` does, and give it as ``onnx.ModelProto``."""
+    read = read_options(options)
+    network, main = read_floats(import_model(source, shape), params)
+    return quantized_onnx(network, calibration, read, [sizes(var)[0] for var in main.params])
+
+
+@tvm.transform.module_pass(opt_level=0, name="mars.QuantizeForMars")
+class QuantizeForMars:
+    """Quantize the float network of a module, as a pass.
+
+    Parameters
+    ----------
+    calibration, **options
+        As :func:`quantize` takes them.
+    """
+
+    def __init__(self, calibration: Calibration, **options: Any) -> None:
+        self.calibration, self.options = calibration, options
+        read_options(options)  # a wrong one is said here, not within TVM
+
+    def transform_module(
+        self, mod: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        """Quantize."""
+        return quantize(mod, calibration=self.calibration, **self.options)
