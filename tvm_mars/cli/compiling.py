@@ -63,7 +63,7 @@ def compile_command(
         raise click.UsageError("nothing to write: give -o, --program or --dump-offloads")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     machine = read_arch(arch, changes)  # a wrong one is said before TVM is imported
-    _check_model(model)
+    check_model(model)
 
     import tvm_mars
     from mars_runtime.errors import UnsupportedError
@@ -85,7 +85,7 @@ def compile_command(
         _print_timings(compiled.timings)
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     from mars_runtime.errors import InputError
 
     if not Path(model).is_file():

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from ..frontend.ports import read_arrays
 from .base import MarsCommand, write_file
-from .compiling import _check_model
-from .running import _read
+from .compiling import check_model
 
 __all__ = ["quantize_command"]
 
@@ -56,10 +56,13 @@ def quantize_command(model: str, data: str, output: str, **options: Any) -> None
       mars quantize float.onnx --data images.npz -o net.onnx
       mars compile net.onnx -o net.so --dump-offloads -
     """
-    _check_model(model)
-    images = _read(data)
-    widths = {name: int(value) for name, value in options.items() if str(value) in ("4", "8")}
-    options = {name: value for name, value in {**options, **widths}.items() if value is not None}
+    check_model(model)
+    images = read_arrays(data)
+    options = {
+        name: int(value) if name.endswith("_bits") else value
+        for name, value in options.items()
+        if value is not None
+    }
 
     from ..frontend import adapter  # imports TVM
 
