@@ -19,7 +19,7 @@ from python_tests.float_models import (
     run_onnx,
 )
 from tvm_mars.cli import mars
-from tvm_mars.zoo.digits import digits_split, training_split
+from tvm_mars.zoo import digits_dataset, digits_split
 
 tvm = pytest.importorskip("tvm")
 pytest.importorskip("onnxruntime")
@@ -69,7 +69,8 @@ def check_codes(mod: Any, compiled: Any, x: np.ndarray) -> np.ndarray:
 
 def test_digits_keep_their_accuracy() -> None:
     images, labels = digits_split()
-    fit, fit_labels = training_split()
+    training = digits_dataset()[0]
+    fit, fit_labels = training.images(), training.labels
     model = digits_classifier(fit, fit_labels, len(images))
     mod = tvm_mars.quantize(model, calibration={"image": fit[:100]})
     scores = check_codes(mod, compile_whole(mod, 5), images)
