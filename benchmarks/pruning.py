@@ -28,7 +28,7 @@ from tvm_mars.report import compression
 
 DENSE, BASE = "plain-dense", "plain-w8a8"
 CHANNELS = (1, 4, 8, 16, 32)  # N of eq. 4
-SHARES = (0.5, 0.75, 0.875)
+SHARES = (0.5, 0.75)
 MARS = PRESETS["mars"]
 
 
