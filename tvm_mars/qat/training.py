@@ -187,7 +187,7 @@ class Trainer:
         recipe = self.recipe
         if recipe.init:
             model = load_run(self.runs / recipe.init)
-            if recipe.quantization is not None:
+            if recipe.quantization is not None and not isinstance(model, MarsNetwork):
                 model = prepare(model, recipe.quantization, self.images.shape)
         else:
             model = build_network(recipe, self.images.classes, self.images.shape)
