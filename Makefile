@@ -12,7 +12,7 @@ RELAY_READY := $(RELAY_VENV)/.ready
 PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
-.PHONY: help demo test test-train lint docs bench relay test-relay has-python310 clean
+.PHONY: help demo test test-train lint docs bench bench-train relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -60,13 +60,19 @@ bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
 
+bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
+	$(BIN)/python benchmarks/qat_step.py
+
 relay: $(RELAY_READY)  ## The demo through Relay (needs CPython 3.10)
 	@$(RELAY_BIN)/python -m tvm_mars.demo
 
 has-python310:
 	@test -n "$(PYTHON310)"
 
-test-relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
+test-bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
+	$(BIN)/python benchmarks/qat_step.py
+
+relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
 	$(RELAY_BIN)/python -m pytest python_tests/test_relay.py python_tests/test_frontends.py
 
 clean:  ## Remove the virtual environments and caches

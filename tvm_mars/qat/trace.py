@@ -159,7 +159,7 @@ class _Builder:
         """Name a layer by its module; where the module (a pool) is called again, by the call."""
         target = str(node.target)
         if node.op != "call_module" or target in self.named:
-            return node.name
+            return str(node.name)
         self.named.add(target)
         return target
 
