@@ -12,7 +12,7 @@ RELAY_READY := $(RELAY_VENV)/.ready
 PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
-.PHONY: help demo test test-train lint docs bench relay test-relay has-python310 clean
+.PHONY: help demo test test-train lint docs bench bench-train relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -59,6 +59,9 @@ bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network
 	$(BIN)/python benchmarks/vgg16.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
+
+bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
+	$(BIN)/python benchmarks/qat_step.py
 
 relay: $(RELAY_READY)  ## The demo through Relay (needs CPython 3.10)
 	@$(RELAY_BIN)/python -m tvm_mars.demo

@@ -18,7 +18,6 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as collective
 from torch.nn import functional
 
 from mars_runtime.errors import MarsError
@@ -136,6 +135,8 @@ class AllRanksNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each channel."""
+        from torch.distributed.nn import functional as collective  # not in every build of PyTorch
+
         if not self.training:
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
