@@ -77,7 +77,7 @@ def test_digits_keep_their_accuracy() -> None:
     (float_scores,) = run_onnx(model, {"image": images})
     accuracy = [float((s.argmax(1) == labels).mean()) for s in (float_scores, scores)]
     print(f"float {accuracy[0]:.2%}, w8a8 {accuracy[1]:.2%}")
-    assert accuracy[0] > 0.93 and accuracy[1] > accuracy[0] - 0.01
+    assert accuracy[0] > 0.85 and accuracy[1] > accuracy[0] - 0.01
 
 
 @pytest.mark.parametrize(
