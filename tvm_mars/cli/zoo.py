@@ -110,7 +110,7 @@ def info_command(name: str, as_json: bool) -> None:
         "",
         str(compression(graph)),
         "",
-        "recipe: " + json.dumps(record.recipe),
+        *(f"recipe: {json.dumps(recipe)}" for recipe in record.recipes),
     ]
     for title, history in (("dense twin", record.dense_history), ("network", record.history)):
         lines += ["", *_curve(title, history)] if history else []

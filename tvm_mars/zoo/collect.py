@@ -75,8 +75,10 @@ def collect(run: Path, data: Path, note: str, folder: Path) -> Record:
     images = load_data(data)[1]
     with click.progressbar(length=len(images), label="verifying", file=sys.stderr) as bar:
         checked = verify(network, images, progress=lambda done: bar.update(done - bar.pos))
-    recipe, history = _history(run)
-    dense_recipe, dense_history = _history(run.parent / recipe["init"])
+    stages = _stages(run)
+    dense_recipe, dense_history = stages.pop(0)
+    recipes, histories = zip(*stages, strict=True)
+    recipe = recipes[-1]
     graph = to_graph(network, images.shape)
     record = Record(
         title=_TITLES[recipe["model"]],
@@ -84,9 +86,9 @@ def collect(run: Path, data: Path, note: str, folder: Path) -> Record:
         dense_title="dense, float32",
         accuracy=checked.accuracy("MARS"),
         dense_accuracy=dense_history[-1]["test accuracy"],
-        recipe=recipe,
+        recipes=recipes,
         dense_recipe=dense_recipe,
-        history=history,
+        history=[entry for history in histories for entry in history],
         dense_history=dense_history,
         images={"train": len(load_dataset(data)[0]), "test": len(images)},
         verified=summary(checked),
@@ -104,9 +106,16 @@ _TITLES = {
 }
 
 
-def _history(run: Path) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+def _stages(run: Path) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """Give recipe and history of a run and of those that it started from, the first one first."""
+    recipe, history = _history(run)
+    before = _stages(run.parent / recipe["init"]) if recipe["init"] else []
+    return [*before, (recipe, history)]
+
+
+def _history(run: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     found = json.loads((run / "history.json").read_text(encoding="utf-8"))
-    return found["recipe"], tuple(found["epochs"])
+    return found["recipe"], found["epochs"]
 
 
 @click.command()

@@ -37,10 +37,13 @@ class Record:
         What its dense twin, trained by the same means, is.
     accuracy, dense_accuracy : float
         Shares of the test images that the network and its twin classify rightly.
-    recipe, dense_recipe : mapping
-        Everything that the two trainings depended on: seed, epochs, schedules.
+    recipes : sequence of mappings
+        Everything that the training depended on (seed, epochs, schedules), stage by stage.
+    dense_recipe : mapping
+        The same of the twin's.
     history, dense_history : sequence of mappings
-        Loss, learning rate, share of zero group-sets and test accuracy by epoch.
+        Loss, learning rate, share of zero group-sets and test accuracy by epoch; of several stages
+        one behind the other.
     images : mapping of str to int
         How many there are to train and to test.
     verified : mapping
@@ -54,7 +57,7 @@ class Record:
     dense_title: str
     accuracy: float
     dense_accuracy: float
-    recipe: Mapping[str, Any]
+    recipes: Sequence[Mapping[str, Any]]
     dense_recipe: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     dense_history: Sequence[Mapping[str, Any]]
@@ -64,8 +67,13 @@ class Record:
 
     @property
     def epochs(self) -> int:
-        """Passes over the training images."""
-        return int(_training(self.recipe)["epochs"])
+        """Passes over the training images, in all stages."""
+        return sum(int(_training(recipe)["epochs"]) for recipe in self.recipes)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe of the last stage."""
+        return self.recipes[-1]
 
     @property
     def dense_epochs(self) -> int:

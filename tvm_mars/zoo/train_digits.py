@@ -334,7 +334,7 @@ def run(recipe: Recipe, folder: Path) -> Record:
         accuracy=accuracy(model, inputs, targets),
         dense_title=f"dense, w{recipe.weight_bits}a{recipe.activation_bits}",
         dense_accuracy=accuracy(twin, inputs, targets),
-        recipe=attrs.asdict(recipe),
+        recipes=(attrs.asdict(recipe),),
         dense_recipe=attrs.asdict(dense),
         history=(),
         dense_history=(),
