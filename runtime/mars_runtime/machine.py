@@ -53,10 +53,13 @@ class Machine:
         Whether to record an :class:`Event` for every instruction.
     """
 
+    reads_codes = True  # whether loads are decoded from the index SRAMs
+
     def __init__(
         self, region: Region, arch: MarsArch, images: int | None = None, trace: bool = False
     ) -> None:
         self.region, self.arch = region, arch
+        self.length = len(region.instructions)
         self.trace = trace
         self.events: list[Event] = []
         self.cores = [Core(number, arch) for number in range(arch.cores)]
@@ -123,7 +126,7 @@ class Machine:
             while self.index >= stops[self.layer_number] and self.layer_number + 1 < len(stops):
                 self._end_layer()
             try:
-                self._step(instruction)
+                self._step(instruction, instruction.wait, instruction.signal)
             except MachineError as error:
                 name = type(instruction).__name__.upper()
                 place = f"instruction {self.index} ({name}, {self.layers[self.layer_number].name})"
@@ -148,21 +151,20 @@ class Machine:
         """The layer's counters."""
         return self.layer.counters
 
-    def _step(self, instruction: isa.Instruction) -> None:
+    def _step(self, instruction: isa.Instruction, wait: int, signal: int) -> None:
         self.issued += self.arch.issue_cycles
         self.counters.instruction_bits += 8 * isa.INSTRUCTION_BYTES
         waits = [(self.issued, "issue")]
-        token_mask = instruction.wait
-        while token_mask:
-            token = (token_mask & -token_mask).bit_length() - 1
-            token_mask &= token_mask - 1
+        while wait:
+            token = (wait & -wait).bit_length() - 1
+            wait &= wait - 1
             if token not in self.tokens:
                 raise MachineError(f"waits for token {token}, which nothing signals: a deadlock")
             waits.append(self.tokens[token])
-        end, cause = _HANDLERS[type(instruction)](self, instruction, waits)
-        self.now = max(self.now, end)
-        if instruction.signal:
-            self.tokens[instruction.signal - 1] = (end, cause)
+        done = _HANDLERS[type(instruction)](self, instruction, waits)
+        self.now = max(self.now, done[0])
+        if signal:
+            self.tokens[signal - 1] = done
 
     def _record(self, lane: str, name: str, start: int, end: int) -> None:
         if self.trace:
@@ -197,7 +199,7 @@ class Machine:
         self.counters.core_sram_bits += bits
         self._record("dma", f"FETCH {('weight', 'index', 'parameter')[fetch.memory]}", start, end)
         # The timeline needs the index codes too: they decide how long a CONV takes.
-        if self.memory is not None or fetch.memory == isa.MEMORY_INDEX:
+        if self.memory is not None or (fetch.memory == isa.MEMORY_INDEX and self.reads_codes):
             sram.cells.write(span, start, end, whole)
             data = self.region.image[fetch.source : fetch.source + fetch.length]
             sram.data[fetch.destination : fetch.destination + fetch.length] = np.frombuffer(
@@ -380,9 +382,7 @@ class Machine:
         for number in numbers:
             core = self.cores[number]
             core.open = False
-            load = timing.decode_load(
-                core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot
-            )
+            load = self._load_of(core, conv)
             cost = timing.conv_cost(self.arch, bare, core.config, load)
             _refuse_unused(core.config.output, *_UNUSED_BY_MODE[core.config.output.mode])
             contexts = {segment.context for visit in load.visits for segment in visit.segments}
@@ -418,6 +418,10 @@ class Machine:
             if self.memory is not None:
                 ConvTile(self.memory, self.cores[number], conv, start, end).execute(load)
         return latest, "cores"
+
+    def _load_of(self, core: Core, conv: isa.Conv) -> timing.DecodedLoad:
+        """Walk the load that a core computes with."""
+        return timing.decode_load(core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot)
 
     def _pool(self, pool: isa.Pool, waits: Waits) -> Done:
         return self._apw_pass("POOL", pool, waits, timing.pool_cost, pool_tile, (0,))
@@ -470,7 +474,7 @@ class Machine:
         return max(waits)
 
     def _halt(self, halt: isa.Halt, waits: Waits) -> Done:
-        if self.index != len(self.region.instructions) - 1:
+        if self.index != self.length - 1:
             raise MachineError("stands before the end of the program")
         end = max(max(waits)[0], self.now)
         for core in self.cores:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import attrs
 
 from mars_runtime import isa
 
-__all__ = ["Emitter", "Lane", "Span"]
+__all__ = ["Emitted", "Emitter", "Issue", "Lane", "Span"]
 
 Lane: TypeAlias = tuple[str, int]  # a unit's queue: unit and core
 Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
 
 
 @attrs.define
-class _Emitted:
+class Emitted:
+    """An instruction with what it waits for: earlier ones, by number."""
+
     instruction: isa.Instruction
     layer: int
     lanes: tuple[Lane, ...]
@@ -24,11 +26,22 @@ class _Emitted:
     follows: dict[tuple[Lane, ...], int]  # by lanes, the last instruction that must be done
 
 
+@attrs.frozen
+class Issue:
+    """An instruction in program order with its tokens; a SYNC has no number of its own."""
+
+    instruction: isa.Instruction
+    number: int | None
+    layer: int
+    wait: int
+    signal: int
+
+
 class Emitter:
     """Collects instructions and finds what each must wait for."""
 
     def __init__(self) -> None:
-        self.emitted: list[_Emitted] = []
+        self.emitted: list[Emitted] = []
         self.layer = 0
         # memory -> (first, end, lanes, is_write) -> the last instruction with this access
         self._accesses: dict[object, dict[tuple[int, int, tuple[Lane, ...], bool], int]] = {}
@@ -71,7 +84,7 @@ class Emitter:
                         del table[key]
             table[first, end, lanes, is_write] = index
         waits = self._waits(follows, lanes)
-        self.emitted.append(_Emitted(instruction, self.layer, lanes, waits, follows))
+        self.emitted.append(Emitted(instruction, self.layer, lanes, waits, follows))
 
     def _same_layer(self, earlier: int, lanes: tuple[Lane, ...]) -> bool:
         entry = self.emitted[earlier]
@@ -92,39 +105,50 @@ class Emitter:
                 self._waited.setdefault(lane, {})[other] = earlier
         return tuple(sorted(waits))
 
-    def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
-        """Allot tokens; give the instructions and each one's layer."""
-        last_wait: dict[int, int] = {}
-        for index, entry in enumerate(self.emitted):
-            for earlier in entry.waits:
-                last_wait[earlier] = index
-        instructions: list[isa.Instruction] = []
-        layers: list[int] = []
+    def issues(self) -> Iterator[Issue]:
+        """Allot tokens: yield the instructions in program order, with SYNCs where tokens run out.
+
+        An instruction that is waited for takes the lowest free token, until its last waiter.
+        """
+        last_wait = {
+            earlier: index for index, one in enumerate(self.emitted) for earlier in one.waits
+        }
+        released: dict[int, list[int]] = {}
+        for earlier, index in last_wait.items():
+            released.setdefault(index, []).append(earlier)
         token_of: dict[int, int] = {}
+        used = 0
         for index, entry in enumerate(self.emitted):
             mask = 0
             for earlier in entry.waits:
                 mask |= 1 << token_of[earlier]
-            token_of = {e: token for e, token in token_of.items() if last_wait[e] > index}
+            if index in released:
+                for earlier in released[index]:
+                    del token_of[earlier]
+                used = 0
+                for token in token_of.values():
+                    used |= 1 << token
             signal = 0
             if index in last_wait:
-                free = _free_token(token_of.values())
-                if free is None:
+                if used == _ALL_TOKENS:
                     # All tokens are in use: one SYNC waits for them and stands in for all.
-                    joined = sum(1 << token for token in set(token_of.values()))
                     token = next(iter(token_of.values()))
-                    instructions.append(isa.Sync(wait=joined, signal=token + 1))
-                    layers.append(entry.layer)
+                    yield Issue(isa.Sync(), None, entry.layer, used, token + 1)
                     token_of = dict.fromkeys(token_of, token)
-                    free = _free_token(token_of.values())
-                    assert free is not None
-                token_of[index] = free
-                signal = free + 1
-            instructions.append(attrs.evolve(entry.instruction, wait=mask, signal=signal))
-            layers.append(entry.layer)
-        return tuple(instructions), layers
+                    used = 1 << token
+                token = (~used & (used + 1)).bit_length() - 1
+                token_of[index] = token
+                used |= 1 << token
+                signal = token + 1
+            yield Issue(entry.instruction, index, entry.layer, mask, signal)
+
+    def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
+        """Give the instructions with their tokens, and each one's layer."""
+        issues = list(self.issues())
+        instructions = tuple(
+            attrs.evolve(one.instruction, wait=one.wait, signal=one.signal) for one in issues
+        )
+        return instructions, [one.layer for one in issues]
 
 
-def _free_token(used: Iterable[int]) -> int | None:
-    taken = set(used)
-    return next((token for token in range(isa.TOKENS) if token not in taken), None)
+_ALL_TOKENS = (1 << isa.TOKENS) - 1

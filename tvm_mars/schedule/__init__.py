@@ -5,7 +5,7 @@
 
 from .loads import make_loads
 from .plan import Step, fuse_pools, plan, scheduled_steps, smallest_tile
-from .types import LayerSchedule, Load, Piece, Place, Schedule
+from .types import LayerSchedule, Load, Piece, Place, Schedule, ScheduleError
 
 __all__ = [
     "LayerSchedule",
@@ -13,6 +13,7 @@ __all__ = [
     "Piece",
     "Place",
     "Schedule",
+    "ScheduleError",
     "Step",
     "fuse_pools",
     "make_loads",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,24 +10,10 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.packing import block_parameter_bytes
 
-from ..pack import PackedBlock, PackedConv
+from ..pack import PackedConv
 from .types import Load, Piece
 
-__all__ = ["make_loads", "segment_bounds"]
-
-
-def segment_bounds(block: PackedBlock, start: int, stop: int) -> list[tuple[int, int]]:
-    """Cut group-sets ``start .. stop`` of a block into segments (see :class:`isa.Segment`)."""
-    if start == stop:
-        return [(start, stop)]
-    keys = block.segment_keys()[start:stop]
-    changes = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1 + start
-    bounds = [start, *(int(change) for change in changes), stop]
-    return [
-        (at, min(at + isa.GROUP_SETS_PER_SEGMENT, end))
-        for begin, end in itertools.pairwise(bounds)
-        for at in range(begin, end, isa.GROUP_SETS_PER_SEGMENT)
-    ]
+__all__ = ["make_loads"]
 
 
 class _Room:
@@ -66,7 +51,7 @@ class _Room:
         return None
 
     def _segments(self, block: int, start: int, stop: int) -> int:
-        return len(segment_bounds(self.packed.blocks[block], start, stop))
+        return len(self.packed.blocks[block].segments(start, stop))
 
     def put(self, block: int, start: int, stop: int) -> None:
         """Take the room of a piece."""
