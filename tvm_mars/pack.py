@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.maps import WORD_CHANNELS, MapType
+from mars_runtime.packing import block_parameter_bytes
 
 from .graph import Conv, ConvTerm
 
@@ -98,6 +99,11 @@ class PackedConv:
     def group_sets(self) -> int:
         """Stored group-sets of all blocks."""
         return sum(block.group_sets for block in self.blocks)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a kernel block's parameters."""
+        return block_parameter_bytes(self.multiplier is not None)
 
 
 def pack_conv(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> PackedConv:

@@ -26,7 +26,7 @@ from .maps import WORD_BYTES, pack_map, unpack_map
 from .memory import ChipMemory, Core, whole
 from .packing import group_set_bytes, unpack_group_sets
 from .program import Region
-from .timeline import Counters, Event, LayerTime, Timeline
+from .timeline import Event, LayerTime, Timeline
 
 __all__ = ["Machine", "simulate"]
 
@@ -71,6 +71,8 @@ class Machine:
         self.layers = self.layers or [LayerTime("region", "region")]
         self.computed = [0] * len(self.layers)  # until when a layer's cores compute
         self.layer_number = self.index = 0
+        self.layer = self.layers[0]  # whose instructions run
+        self.counters = self.layer.counters
         self.image_words = -(-region.image_bytes // WORD_BYTES)
         self.memory: ChipMemory | None = None
         if images is not None:
@@ -135,21 +137,12 @@ class Machine:
         return Timeline(self.now, tuple(self.layers), tuple(self.events))
 
     def _end_layer(self) -> None:
-        layer = self.layers[self.layer_number]
-        layer.cycles = self.now - layer.start
+        self.layer.cycles = self.now - self.layer.start
         if self.layer_number + 1 < len(self.layers):
             self.layer_number += 1
-            self.layers[self.layer_number].start = self.now
-
-    @property
-    def layer(self) -> LayerTime:
-        """The layer whose instructions run."""
-        return self.layers[self.layer_number]
-
-    @property
-    def counters(self) -> Counters:
-        """The layer's counters."""
-        return self.layer.counters
+            self.layer = self.layers[self.layer_number]
+            self.counters = self.layer.counters
+            self.layer.start = self.now
 
     def _step(self, instruction: isa.Instruction, wait: int, signal: int) -> None:
         self.issued += self.arch.issue_cycles

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import attrs
 
 from mars_runtime import isa
+from mars_runtime.stopwatch import Issued
+from mars_runtime.timing import DecodedLoad
 
-__all__ = ["Emitted", "Emitter", "Issue", "Lane", "Span"]
+__all__ = ["Emitted", "Emitter", "Lane", "Span"]
 
 Lane: TypeAlias = tuple[str, int]  # a unit's queue: unit and core
 Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
@@ -24,17 +26,15 @@ class Emitted:
     lanes: tuple[Lane, ...]
     waits: tuple[int, ...]
     follows: dict[tuple[Lane, ...], int]  # by lanes, the last instruction that must be done
+    loads: Mapping[int, DecodedLoad] | None
 
 
-@attrs.frozen
-class Issue:
-    """An instruction in program order with its tokens; a SYNC has no number of its own."""
+@attrs.define
+class _Accesses:
+    """Accesses of one memory: by first cell, end and lanes, the last instruction with each."""
 
-    instruction: isa.Instruction
-    number: int | None
-    layer: int
-    wait: int
-    signal: int
+    reads: dict[tuple[int, int, tuple[Lane, ...]], int] = attrs.field(factory=dict)
+    writes: dict[tuple[int, int, tuple[Lane, ...]], int] = attrs.field(factory=dict)
 
 
 class Emitter:
@@ -43,8 +43,7 @@ class Emitter:
     def __init__(self) -> None:
         self.emitted: list[Emitted] = []
         self.layer = 0
-        # memory -> (first, end, lanes, is_write) -> the last instruction with this access
-        self._accesses: dict[object, dict[tuple[int, int, tuple[Lane, ...], bool], int]] = {}
+        self._accesses: dict[object, _Accesses] = {}
         # lane -> lanes of another unit -> the last instruction there that the lane has waited for
         self._waited: dict[Lane, dict[tuple[Lane, ...], int]] = {}
 
@@ -55,40 +54,52 @@ class Emitter:
         reads: Iterable[Span] = (),
         writes: Iterable[Span] = (),
         shared: Iterable[Span] = (),
+        loads: Mapping[int, DecodedLoad] | None = None,
     ) -> None:
         """Append an instruction that runs on some lanes and touches some memory.
 
         Within a layer each core writes words of its own and reads none that another writes, so that
         cores do not wait for each other there, but for ``shared`` memory that is written.
+        ``loads`` is what each core holds, for the time of CONV.
         """
         index = len(self.emitted)
-        marks = [(span, False, True) for span in reads] + [(span, True, True) for span in writes]
+        computes = lanes[0][0] == "compute"
+        marks = [(span, False, computes) for span in reads]
+        marks += [(span, True, computes) for span in writes]
         marks += [(span, True, False) for span in shared]
         follows: dict[tuple[Lane, ...], int] = {}
         for (memory, first, end), is_write, apart in marks:
-            table = self._accesses.setdefault(memory, {})
-            for (low, high, other, wrote), earlier in table.items():
-                if low >= end or first >= high or not (wrote or is_write):
-                    continue
-                if apart and self._same_layer(earlier, lanes):
-                    # In its place, what it follows itself: its access may have hidden theirs.
-                    for before, last in self.emitted[earlier].follows.items():
-                        follows[before] = max(follows.get(before, -1), last)
-                else:
-                    follows[other] = max(follows.get(other, -1), earlier)
-        for (memory, first, end), is_write, _ in marks:
-            table = self._accesses[memory]
+            accesses = self._accesses.get(memory)
+            if accesses is None:
+                accesses = self._accesses[memory] = _Accesses()
+            for table in (accesses.writes, accesses.reads) if is_write else (accesses.writes,):
+                for (low, high, other), earlier in table.items():
+                    if low >= end or first >= high:
+                        continue
+                    if apart and self._computes_same_layer(earlier):
+                        # In its place, what it follows itself: its access may have hidden theirs.
+                        for before, last in self.emitted[earlier].follows.items():
+                            follows[before] = max(follows.get(before, -1), last)
+                    elif follows.get(other, -1) < earlier:
+                        follows[other] = earlier
+        for (memory, first, end), is_write, apart in marks:
+            accesses = self._accesses[memory]
             if is_write:
-                for key in [key for key in table if first <= key[0] and key[1] <= end]:
-                    if table[key] != index:
-                        del table[key]
-            table[first, end, lanes, is_write] = index
+                for table in (accesses.writes, accesses.reads):
+                    for key in [key for key in table if first <= key[0] and key[1] <= end]:
+                        # What is written anew hides what was there, unless nothing waited for that.
+                        other = apart and key[2] != lanes and self._computes_same_layer(table[key])
+                        if table[key] != index and not other:
+                            del table[key]
+                accesses.writes[first, end, lanes] = index
+            else:
+                accesses.reads[first, end, lanes] = index
         waits = self._waits(follows, lanes)
-        self.emitted.append(Emitted(instruction, self.layer, lanes, waits, follows))
+        self.emitted.append(Emitted(instruction, self.layer, lanes, waits, follows, loads))
 
-    def _same_layer(self, earlier: int, lanes: tuple[Lane, ...]) -> bool:
+    def _computes_same_layer(self, earlier: int) -> bool:
         entry = self.emitted[earlier]
-        return entry.layer == self.layer and entry.lanes[0][0] == lanes[0][0] == "compute"
+        return entry.layer == self.layer and entry.lanes[0][0] == "compute"
 
     def _waits(
         self, follows: dict[tuple[Lane, ...], int], lanes: tuple[Lane, ...]
@@ -105,7 +116,7 @@ class Emitter:
                 self._waited.setdefault(lane, {})[other] = earlier
         return tuple(sorted(waits))
 
-    def issues(self) -> Iterator[Issue]:
+    def issues(self) -> Iterator[Issued]:
         """Allot tokens: yield the instructions in program order, with SYNCs where tokens run out.
 
         An instruction that is waited for takes the lowest free token, until its last waiter.
@@ -117,30 +128,33 @@ class Emitter:
         for earlier, index in last_wait.items():
             released.setdefault(index, []).append(earlier)
         token_of: dict[int, int] = {}
+        holders = [0] * isa.TOKENS
         used = 0
         for index, entry in enumerate(self.emitted):
             mask = 0
             for earlier in entry.waits:
                 mask |= 1 << token_of[earlier]
-            if index in released:
-                for earlier in released[index]:
-                    del token_of[earlier]
-                used = 0
-                for token in token_of.values():
-                    used |= 1 << token
+            for earlier in released.get(index, ()):
+                token = token_of.pop(earlier)
+                holders[token] -= 1
+                if not holders[token]:
+                    used ^= 1 << token
             signal = 0
             if index in last_wait:
                 if used == _ALL_TOKENS:
                     # All tokens are in use: one SYNC waits for them and stands in for all.
                     token = next(iter(token_of.values()))
-                    yield Issue(isa.Sync(), None, entry.layer, used, token + 1)
+                    yield Issued(isa.Sync(), used, token + 1, entry.layer)
+                    holders = [0] * isa.TOKENS
+                    holders[token] = len(token_of)
                     token_of = dict.fromkeys(token_of, token)
                     used = 1 << token
                 token = (~used & (used + 1)).bit_length() - 1
                 token_of[index] = token
+                holders[token] += 1
                 used |= 1 << token
                 signal = token + 1
-            yield Issue(entry.instruction, index, entry.layer, mask, signal)
+            yield Issued(entry.instruction, mask, signal, entry.layer, entry.loads)
 
     def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
         """Give the instructions with their tokens, and each one's layer."""

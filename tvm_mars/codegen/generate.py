@@ -13,7 +13,7 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
 from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
-from mars_runtime.stopwatch import Issued, Stopwatch
+from mars_runtime.stopwatch import Stopwatch
 from mars_runtime.timeline import Timeline
 from mars_runtime.timing import RAW_WORDS, DecodedLoad
 
@@ -73,7 +73,7 @@ class _Generator:
         self.settings: dict[tuple[int, object], object] = {}
         self.staged: dict[Place, tuple[str, Window]] = {}
         self.partial_base = 0
-        self.decoded: dict[int, dict[int, DecodedLoad]] = {}  # by CONV, of each core
+        self.decoded: dict[tuple[int, int | None, int], DecodedLoad] = {}  # layer, load, core
 
     def emit(self) -> None:
         """Emit everything."""
@@ -96,16 +96,7 @@ class _Generator:
 
     def timeline(self) -> Timeline:
         """Time what was emitted."""
-        stream = [
-            Issued(
-                one.instruction,
-                one.wait,
-                one.signal,
-                one.layer,
-                None if one.number is None else self.decoded.get(one.number),
-            )
-            for one in self.out.issues()
-        ]
+        stream = list(self.out.issues())
         layers = self._layer_table([one.layer for one in stream])
         return Stopwatch(self.arch, layers, self.image_bytes, self.next_word).time(stream)
 
@@ -472,11 +463,9 @@ class _Generator:
                 reads.append((("sram", sram, core), at, at + length))
             reads.append(self.loader.slots_span(core, loaded.slot, part.group_sets, weight_bits))
         self.loader.computes(cores)
+        decoded: dict[int, DecodedLoad] | None = None
         if self.image.content == "sizes":
-            self.decoded[len(self.out.emitted)] = {
-                core: decoded_load(self.packed[schedule.layer], self._pieces(turn, core))
-                for core in cores
-            }
+            decoded = {core: self._decoded(turn, core) for core in cores}
         self.out.emit(
             isa.Conv(
                 cores=_mask(cores),
@@ -496,7 +485,15 @@ class _Generator:
             reads,
             writes,
             shared,
+            decoded,
         )
+
+    def _decoded(self, turn: int, core: int) -> DecodedLoad:
+        key = (self.turns[turn].layer, self.turns[turn].load, core)
+        if key not in self.decoded:
+            packed = self.packed[self.turns[turn].schedule.layer]
+            self.decoded[key] = decoded_load(packed, self._pieces(turn, core))
+        return self.decoded[key]
 
     def _pieces(self, turn: int, core: int) -> tuple[Piece, ...]:
         number = self.turns[turn].load

@@ -9,7 +9,6 @@ import attrs
 
 from mars_runtime import isa
 from mars_runtime.packing import (
-    block_parameter_bytes,
     group_set_bytes,
     pack_group_sets,
     pack_parameters,
@@ -73,7 +72,7 @@ class Image:
             pieces = load.cores[core]
             group_sets = load.group_sets(core)
             index_bytes = longest + group_sets * isa.CODE_BYTES
-            parameter_bytes = len(pieces) * block_parameter_bytes(packed.multiplier is not None)
+            parameter_bytes = len(pieces) * packed.parameter_bytes
             cores[core] = CoreImage(
                 self.table_bytes,
                 index_bytes,

@@ -73,19 +73,26 @@ class _Ring:
     held: dict[int, tuple[int, int]] = attrs.field(factory=dict)  # by turn: first and end
 
     def take(self, length: int, turn: int, at: int | None = None) -> int:
-        """Give the next cells, from the start again when the end is reached."""
+        """Give the next cells, from the start again when the end is reached.
+
+        Where those are still needed, the first behind something that is; ``at`` is tried instead of
+        the next.
+        """
         if at is None:
             at = self.next if self.next + length <= self.size else 0
-        used = [(first, end) for first, end in self.held.values() if first < end]
-        for first, end in [*used, (self.size, at + length + 1)]:
-            if at < end and first < at + length:
-                raise ScheduleError(
-                    f"loads that are there at once need more than the {self.size} {self.name}",
-                    hint="fetch or fill fewer loads ahead, or make them smaller",
-                )
-        self.held[turn] = (at, at + length)
-        self.next = at + length
-        return at
+        held = [(first, end) for first, end in self.held.values() if first < end]
+        for start in (at, *sorted(end for _, end in held)):
+            if start + length <= self.size and all(
+                start >= end or first >= start + length for first, end in held
+            ):
+                self.held[turn] = (start, start + length)
+                self.next = start + length
+                return start
+        used = sum(end - first for first, end in held)
+        raise ScheduleError(
+            f"{length} {self.name} of {self.size} are wanted beside {used} of earlier loads",
+            hint="fetch or fill fewer loads ahead, or make them smaller",
+        )
 
 
 class Loader:
@@ -103,9 +110,10 @@ class Loader:
         self.arch, self.packed, self.out = arch, packed, out
         self.turns = [(number, turn) for number, turn in enumerate(turns) if turn.load is not None]
         self.images, self.weights_base = images, weights_base
-        schedules = [turn.schedule for _, turn in self.turns]
-        self.fetch_due = self._due([max(s.fetch_ahead, s.fill_ahead) for s in schedules])
-        self.fill_due = self._due([s.fill_ahead for s in schedules])
+        fill = [_of_load(turn.schedule.fill_ahead, turn) for _, turn in self.turns]
+        fetch = [_of_load(turn.schedule.fetch_ahead, turn) for _, turn in self.turns]
+        self.fill_due = self._due(fill)
+        self.fetch_due = self._due([max(pair) for pair in zip(fill, fetch, strict=True)])
         self.fetched = self.filled = 0  # loads
         self.open: set[int] = set()
         self.index = _Ring("index SRAM bytes", arch.index_sram_bits // 8)
@@ -264,6 +272,11 @@ class Loader:
             reads=[(("sram", isa.MEMORY_WEIGHT, core), at, at + length)],
             writes=[self.slots_span(core, slot, count, weight_bits)],
         )
+
+
+def _of_load(counts: Sequence[int], turn: Turn) -> int:
+    assert turn.load is not None
+    return counts[turn.load] if counts else 0
 
 
 def _filling(image: LoadImage) -> dict[int, CoreImage]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
-from mars_runtime.packing import block_parameter_bytes
 
 from ..pack import PackedConv
 from .types import Load, Piece
@@ -23,13 +22,13 @@ class _Room:
     cores, so that every core has its codes at the same address, behind the longest descriptor.
     """
 
-    def __init__(self, packed: PackedConv, arch: MarsArch) -> None:
+    def __init__(self, packed: PackedConv, arch: MarsArch, most: int) -> None:
         self.packed = packed
         index_bytes = arch.index_sram_bits // 8
-        self.slots = min(arch.slots(packed.weight_bits), index_bytes // 2 // isa.CODE_BYTES)
+        self.slots = min(most, index_bytes // 2 // isa.CODE_BYTES)
         self.segments = (index_bytes - self.slots * isa.CODE_BYTES) // isa.SEGMENT_BYTES
         self.parameters = arch.parameter_sram_bits // 8
-        self.record = block_parameter_bytes(packed.multiplier is not None)
+        self.record = packed.parameter_bytes
         self.pieces: list[Piece] = []
 
     def largest(self, block: int, start: int) -> int | None:
@@ -63,7 +62,11 @@ class _Room:
 
 
 def make_loads(
-    packed: PackedConv, arch: MarsArch, accesses: Sequence[int], row_groups: int = 1
+    packed: PackedConv,
+    arch: MarsArch,
+    accesses: Sequence[int],
+    row_groups: int = 1,
+    most: int | None = None,
 ) -> tuple[Load, ...]:
     """Share out kernel blocks and cut them into loads.
 
@@ -77,6 +80,8 @@ def make_loads(
         Macro accesses per group-set and pixel, for each term of the layer.
     row_groups : int
         Into how many groups the cores are divided, each of which holds all blocks.
+    most : int, optional
+        Group-sets that a load may put on a core, where the array holds more.
     """
     weight = np.asarray(accesses)
     costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
@@ -87,7 +92,7 @@ def make_loads(
         core = work.index(min(work))
         work[core] += costs[block]
         dealt[core].append(block)
-    filled = [_fill_core(packed, arch, blocks) for blocks in dealt]
+    filled = [_fill_core(packed, arch, blocks, most) for blocks in dealt]
     count = max(len(loads) for loads in filled)
     return tuple(
         Load(
@@ -97,15 +102,17 @@ def make_loads(
     )
 
 
-def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int]) -> list[_Room]:
-    capacity = arch.slots(packed.weight_bits)
-    rooms = [_Room(packed, arch)]
+def _fill_core(
+    packed: PackedConv, arch: MarsArch, blocks: Sequence[int], most: int | None
+) -> list[_Room]:
+    capacity = min(arch.slots(packed.weight_bits), most or arch.slots(packed.weight_bits))
+    rooms = [_Room(packed, arch, capacity)]
     for block in blocks:
         total = packed.blocks[block].group_sets
         if total <= capacity:
             room = next((room for room in rooms if room.largest(block, 0) == total), None)
-            if room is None and _Room(packed, arch).largest(block, 0) == total:
-                room = _Room(packed, arch)
+            if room is None and _Room(packed, arch, capacity).largest(block, 0) == total:
+                room = _Room(packed, arch, capacity)
                 rooms.append(room)
             if room is not None:
                 room.put(block, 0, total)
@@ -114,7 +121,7 @@ def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int]) -> lis
         while start < total:
             stop = rooms[-1].largest(block, start)
             if stop is None:
-                rooms.append(_Room(packed, arch))
+                rooms.append(_Room(packed, arch, capacity))
                 continue
             rooms[-1].put(block, start, stop)
             start = stop

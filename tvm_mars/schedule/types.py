@@ -122,10 +122,11 @@ class LayerSchedule:
     slots : "low" or "next"
         Which macro slots a load takes: from 0 on, or those behind the load before, so that it may
         be filled while the cores still compute with that.
-    fill_ahead : int
-        How many loads' compute the filling precedes in program order, counted back from its own.
-        Arrays that are open stay open until a core computes: loads filled together are opened once.
-    fetch_ahead : int
+    fill_ahead : tuple of int
+        For each load (none: zero of each), how many loads' compute its filling precedes in program
+        order, counted back from its own. Arrays that are open stay open until a core computes:
+        loads filled together are opened once.
+    fetch_ahead : tuple of int
         The same for fetching, which is never behind filling: weights then wait in the weight SRAM.
     apart : bool
         Whether each core has a CONV of its own, which waits for no other core's weights.
@@ -147,8 +148,8 @@ class LayerSchedule:
     fetch_chunk: int = 8
     row_groups: int = 1
     slots: Literal["low", "next"] = "low"
-    fill_ahead: int = 0
-    fetch_ahead: int = 0
+    fill_ahead: tuple[int, ...] = ()
+    fetch_ahead: tuple[int, ...] = ()
     apart: bool = False
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:

@@ -1,0 +1,1 @@
+"""Search for schedules: the space, the cost model, the database, the runners."""

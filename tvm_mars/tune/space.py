@@ -1,0 +1,230 @@
+"""The space of a graph's schedules on a machine: what each choice may be, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from mars_runtime import isa
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import CapacityError
+from mars_runtime.timeline import Timeline
+
+from ..codegen import time_schedule
+from ..compiler import pack
+from ..graph import Conv, Graph
+from ..pack import PackedConv
+from ..schedule import (
+    Choice,
+    LayerSchedule,
+    Load,
+    Planner,
+    Point,
+    Schedule,
+    ScheduleError,
+    Step,
+    plan,
+    point_of,
+    tile_extents,
+)
+
+__all__ = ["Space"]
+
+CHUNKS = (2, 4, 8, 16, 32, 64)
+LEADS = (0, 1, 2, 3)
+
+
+@attrs.frozen(eq=False)
+class Space:
+    """All schedules of a graph on a machine, the default one among them.
+
+    Raises
+    ------
+    CapacityError
+        If even the smallest tile of a layer does not fit the machine.
+    """
+
+    graph: Graph
+    arch: MarsArch
+    packed: Mapping[str, PackedConv]
+    default: Point
+    _loads: dict[tuple[str, int, int], tuple[Load, ...]] = attrs.field(factory=dict, init=False)
+
+    @classmethod
+    def of(cls, graph: Graph, arch: MarsArch) -> Space:
+        """Make the space around a graph's default schedule."""
+        packed = pack(graph, arch)
+        return cls(graph, arch, packed, point_of(graph, plan(graph, arch, packed)))
+
+    # -- from a point to its schedule ------------------------------------------------------------
+
+    def steps(self, point: Point) -> tuple[Step, ...]:
+        """Give the steps that a point's choices are for."""
+        planner = self._planner()
+        planner.divide(point.unfused)
+        return planner.steps
+
+    def realize(self, point: Point) -> Schedule:
+        """Make a point's schedule.
+
+        Raises
+        ------
+        ScheduleError
+            If the machine or a layer cannot do what a choice asks for.
+        """
+        planner = self._planner()
+        layers = planner.follow(point, self.loads)
+        return planner.schedule(self._with_leads(layers, point.steps))
+
+    def time(self, point: Point) -> Timeline:
+        """Give the timeline of a point's schedule; raises as :meth:`realize`."""
+        try:
+            return time_schedule(self.graph, self.arch, self.packed, self.realize(point))
+        except CapacityError as error:
+            raise ScheduleError(error.problem, where=error.where, hint=error.hint) from None
+
+    def legal(self, point: Point) -> str | None:
+        """Tell why a point is refused; None if it is not."""
+        try:
+            self.time(point)
+        except ScheduleError as error:
+            return str(error)
+        return None
+
+    def loads(self, layer: Conv, row_groups: int, most: int) -> tuple[Load, ...]:
+        """Give a layer's loads, made once for all points."""
+        key = (layer.name, row_groups, most)
+        if key not in self._loads:
+            if not 1 <= row_groups <= self.arch.cores:
+                raise ScheduleError(
+                    f"{row_groups} groups of {self.arch.cores} cores", where=layer.name
+                )
+            self._loads[key] = self._planner().make_loads(layer, row_groups, most or None)
+        return self._loads[key]
+
+    def _planner(self) -> Planner:
+        return Planner(self.graph, self.arch, self.packed)
+
+    def _with_leads(
+        self, layers: Sequence[LayerSchedule], choices: Sequence[Choice]
+    ) -> list[LayerSchedule]:
+        """Let loads join the one before where they fit beside it, and give the others their lead.
+
+        A load that every tile repeats is on its own.
+        """
+        found = []
+        slots = index = parameters = ahead = 0
+        open_group = False
+        for entry, choice in zip(layers, choices, strict=True):
+            fill, fetch = [], []
+            repeated = entry.order == "tiles" and len(entry.loads) > 1
+            for load in entry.loads:
+                size = self._size(entry.layer, load)
+                fits = (
+                    slots + size[0] <= self.arch.slots(4)
+                    and 8 * (index + size[1]) <= self.arch.index_sram_bits
+                    and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
+                )
+                if choice.join and open_group and fits and not repeated:
+                    ahead += 1
+                else:
+                    slots = index = parameters = 0
+                    ahead = choice.fill_lead
+                slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
+                open_group = not repeated
+                fill.append(ahead)
+                fetch.append(ahead + choice.fetch_lead)
+            found.append(
+                attrs.evolve(
+                    entry,
+                    fill_ahead=tuple(fill) if any(fill) else (),
+                    fetch_ahead=tuple(fetch) if any(fetch) else (),
+                )
+            )
+        return found
+
+    def _size(self, layer: str, load: Load) -> tuple[int, int, int]:
+        """Give what a load takes of each core: macro slots, index and parameter bytes."""
+        packed = self.packed[layer]
+        counts = [load.group_sets(core) for core in load.active]
+        segments = max(
+            sum(
+                len(packed.blocks[piece.block].segments(piece.start, piece.stop))
+                for piece in load.cores[core]
+            )
+            for core in load.active
+        )
+        pieces = max(len(load.cores[core]) for core in load.active)
+        unit = self.arch.slots(4) // self.arch.slots(packed.weight_bits)
+        return (
+            unit * max(counts),
+            segments * isa.SEGMENT_BYTES + max(counts) * isa.CODE_BYTES,
+            pieces * packed.parameter_bytes,
+        )
+
+    # -- what may be chosen ----------------------------------------------------------------------
+
+    def domain(self, step: Step) -> dict[str, tuple[Any, ...]]:
+        """Give for each decision of a step the values worth trying.
+
+        What one value needs of another (partial sums of split blocks, a tile of the banks) is not
+        told here: such points are refused by :meth:`realize`.
+        """
+        out = self.graph.types[step.output]
+        rows = [(height, out.width) for height in tile_extents(out.height)]
+        columns = [(1, width) for width in tile_extents(out.width)[1:]]
+        common: dict[str, tuple[Any, ...]] = {
+            "tile": (*rows, *columns),
+            "staged": (False, True),
+            "bank": tuple(range(self.arch.banks)),
+        }
+        if not isinstance(step.layer, Conv):
+            return common | {"block_tile": tuple(tile_extents(out.blocks))}
+        packed = self.packed[step.layer.name]
+        heaviest = max(block.group_sets for block in packed.blocks)
+        capacity = self.arch.slots(packed.weight_bits)
+        most = {0, capacity // 2, capacity // 3, capacity // 4, heaviest, 2 * heaviest}
+        groups = {1, 2, self.arch.cores, max(1, self.arch.cores // len(packed.blocks))}
+        return common | {
+            "order": ("loads", "tiles"),
+            "partial": ("none", "bank", "offchip"),
+            "row_groups": tuple(sorted(n for n in groups if n <= min(self.arch.cores, out.height))),
+            "most": tuple(sorted(n for n in most if n < capacity)),
+            "chunk": tuple(n for n in CHUNKS if n <= capacity),
+            "join": (False, True),
+            "fill_lead": LEADS,
+            "fetch_lead": LEADS,
+            "slots": ("low", "next"),
+            "apart": (False, True),
+        }
+
+    def drawn(self, rng: random.Random, point: Point, index: int, share: float) -> Point:
+        """Give a point with some decisions of a step drawn anew; it may be refused.
+
+        Parameters
+        ----------
+        share : float
+            Probability with which each decision is drawn.
+        """
+        domain = self.domain(self.steps(point)[index])
+        drawn = {
+            name: rng.choice(values) for name, values in domain.items() if rng.random() < share
+        }
+        return replaced(point, index, attrs.evolve(point.steps[index], **drawn))
+
+    def neighbours(self, point: Point, index: int) -> Iterator[Point]:
+        """Yield the points that differ in one decision of one step."""
+        choice = point.steps[index]
+        for name, values in self.domain(self.steps(point)[index]).items():
+            for value in values:
+                if value != getattr(choice, name):
+                    yield replaced(point, index, attrs.evolve(choice, **{name: value}))
+
+
+def replaced(point: Point, index: int, choice: Choice) -> Point:
+    """Give a point with one step's choice replaced."""
+    steps = (*point.steps[:index], choice, *point.steps[index + 1 :])
+    return attrs.evolve(point, steps=steps)
