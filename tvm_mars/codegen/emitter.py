@@ -88,8 +88,8 @@ class Emitter:
                 for table in (accesses.writes, accesses.reads):
                     for key in [key for key in table if first <= key[0] and key[1] <= end]:
                         # What is written anew hides what was there, unless nothing waited for that.
-                        other = apart and key[2] != lanes and self._computes_same_layer(table[key])
-                        if table[key] != index and not other:
+                        beside = apart and key[2] != lanes and self._computes_same_layer(table[key])
+                        if table[key] != index and not beside:
                             del table[key]
                 accesses.writes[first, end, lanes] = index
             else:

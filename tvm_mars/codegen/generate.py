@@ -453,7 +453,6 @@ class _Generator:
             alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
             alike = alike and kind.width % schedule.tile[1] == 0
             (writes if alike else shared).append((memory, partial_base, partial_base + words))
-        weight_bits = self.packed[schedule.layer].weight_bits
         for core in cores:
             part = image.cores[core]
             for sram, at, length in (
@@ -461,7 +460,7 @@ class _Generator:
                 (isa.MEMORY_PARAMETER, loaded.parameters, part.parameter_bytes),
             ):
                 reads.append((("sram", sram, core), at, at + length))
-            reads.append(self.loader.slots_span(core, loaded.slot, part.group_sets, weight_bits))
+            reads.append((("slots", core), loaded.slot, loaded.slot + part.group_sets))
         self.loader.computes(cores)
         decoded: dict[int, DecodedLoad] | None = None
         if self.image.content == "sizes":

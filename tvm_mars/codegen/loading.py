@@ -14,7 +14,7 @@ from mars_runtime.packing import group_set_bytes
 from ..pack import PackedConv
 from ..schedule.plan import Step
 from ..schedule.types import LayerSchedule, ScheduleError
-from .emitter import Emitter, Span
+from .emitter import Emitter
 from .image import CoreImage, LoadImage
 
 __all__ = ["Loaded", "Loader", "Turn", "turns"]
@@ -121,8 +121,8 @@ class Loader:
         self.weight = [
             _Ring("weight SRAM bytes", arch.weight_sram_bits // 8) for _ in range(arch.cores)
         ]
-        # Where two 4-bit weights share a cell, a group-set of 8-bit weights takes two slots of 4.
-        self.slots = _Ring("macro slots", arch.slots(4))
+        self.slots = _Ring("macro slots", 0)
+        self.width = 0  # of the weights in the arrays
         self.loaded: dict[int, Loaded] = {}
         self.waiting: dict[int, dict[int, int]] = {}  # by turn: cores' weights in their SRAM
 
@@ -236,20 +236,18 @@ class Loader:
 
     def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> int:
         """Give the first macro slot, the same on every core."""
-        unit = self._unit(weight_bits)
+        if self.slots.held and self.arch.dual_4bit_cells and weight_bits != self.width:
+            raise ScheduleError(
+                f"{weight_bits}-bit weights are filled beside {self.width}-bit ones, which lie "
+                "otherwise in cells that hold two",
+                where=turn.schedule.layer,
+                hint="fill loads of one width ahead",
+            )
+        self.width, self.slots.size = weight_bits, self.arch.slots(weight_bits)
         count = max((part.group_sets for part in image.cores.values()), default=0)
-        self.slots.next += -self.slots.next % unit
-        at = self.slots.take(unit * count, number, 0 if turn.schedule.slots == "low" else None)
-        self.loaded[number] = attrs.evolve(self.loaded[number], slot=at // unit)
-        return at // unit
-
-    def _unit(self, weight_bits: int) -> int:
-        return self.arch.slots(4) // self.arch.slots(weight_bits)
-
-    def slots_span(self, core: int, slot: int, count: int, weight_bits: int) -> Span:
-        """Give the macro cells of some group-sets."""
-        unit = self._unit(weight_bits)
-        return (("slots", core), slot * unit, (slot + count) * unit)
+        at = self.slots.take(count, number, 0 if turn.schedule.slots == "low" else None)
+        self.loaded[number] = attrs.evolve(self.loaded[number], slot=at)
+        return at
 
     def _fetch_weights(self, core: int, part: CoreImage, skip: int, length: int, at: int) -> None:
         source = self.weights_base + part.weights + skip
@@ -270,7 +268,7 @@ class Loader:
             ),
             (("load", core),),
             reads=[(("sram", isa.MEMORY_WEIGHT, core), at, at + length)],
-            writes=[self.slots_span(core, slot, count, weight_bits)],
+            writes=[(("slots", core), slot, slot + count)],
         )
 
 

@@ -24,7 +24,7 @@ from tvm_mars.codegen import generate
 from tvm_mars.compiler import NamedGraph, build_region
 from tvm_mars.graph import Graph, evaluate_values
 from tvm_mars.schedule import Point, ScheduleError, plan
-from tvm_mars.tune.space import Space
+from tvm_mars.tuner.space import Space
 
 MARS = PRESETS["mars"]
 NETWORKS = 200

@@ -116,15 +116,18 @@ class Space:
         A load that every tile repeats is on its own.
         """
         found = []
-        slots = index = parameters = ahead = 0
+        slots = index = parameters = ahead = width = 0
         open_group = False
         for entry, choice in zip(layers, choices, strict=True):
             fill, fetch = [], []
             repeated = entry.order == "tiles" and len(entry.loads) > 1
+            weight_bits = self.packed[entry.layer].weight_bits if entry.loads else 0
+            alike = weight_bits == width or not self.arch.dual_4bit_cells
             for load in entry.loads:
                 size = self._size(entry.layer, load)
                 fits = (
-                    slots + size[0] <= self.arch.slots(4)
+                    alike
+                    and slots + size[0] <= self.arch.slots(weight_bits)
                     and 8 * (index + size[1]) <= self.arch.index_sram_bits
                     and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
                 )
@@ -134,7 +137,7 @@ class Space:
                     slots = index = parameters = 0
                     ahead = choice.fill_lead
                 slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
-                open_group = not repeated
+                open_group, width, alike = not repeated, weight_bits, True
                 fill.append(ahead)
                 fetch.append(ahead + choice.fetch_lead)
             found.append(
@@ -158,9 +161,8 @@ class Space:
             for core in load.active
         )
         pieces = max(len(load.cores[core]) for core in load.active)
-        unit = self.arch.slots(4) // self.arch.slots(packed.weight_bits)
         return (
-            unit * max(counts),
+            max(counts),
             segments * isa.SEGMENT_BYTES + max(counts) * isa.CODE_BYTES,
             pieces * packed.parameter_bytes,
         )
