@@ -109,11 +109,12 @@ class Emitter:
         for other, earlier in follows.items():
             if other == lanes and len(lanes) == 1:
                 continue  # a unit executes its queue in order
-            if all(self._waited.get(lane, {}).get(other, -1) >= earlier for lane in lanes):
+            known = [self._waited.setdefault(lane, {}) for lane in lanes]
+            if all(waited.get(other, -1) >= earlier for waited in known):
                 continue
             waits.append(earlier)
-            for lane in lanes:
-                self._waited.setdefault(lane, {})[other] = earlier
+            for waited in known:
+                waited[other] = earlier
         return tuple(sorted(waits))
 
     def issues(self) -> Iterator[Issued]:

@@ -14,12 +14,14 @@ from mars_runtime.packing import group_set_bytes
 from ..pack import PackedConv
 from ..schedule.plan import Step
 from ..schedule.types import LayerSchedule, ScheduleError
-from .emitter import Emitter
+from .emitter import Emitter, Span
 from .image import CoreImage, LoadImage
 
 __all__ = ["Loaded", "Loader", "Turn", "turns"]
 
 Tile = tuple[int, int, int, int]
+
+_PAGE = 2048  # bytes: the default chunk of 8-bit group-sets
 
 
 @attrs.frozen
@@ -257,7 +259,7 @@ class Loader:
         self.out.emit(
             isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
             (("dma", 0),),
-            writes=[(("sram", memory, core), at, at + length)],
+            writes=_sram_spans(memory, core, at, length),
         )
 
     def _fill_slots(self, core: int, at: int, slot: int, count: int, weight_bits: int) -> None:
@@ -267,9 +269,20 @@ class Loader:
                 core=core, source=at, slot=slot, count=count, weight_bits=int(weight_bits == 8)
             ),
             (("load", core),),
-            reads=[(("sram", isa.MEMORY_WEIGHT, core), at, at + length)],
+            reads=_sram_spans(isa.MEMORY_WEIGHT, core, at, length),
             writes=[(("slots", core), slot, slot + count)],
         )
+
+
+def _sram_spans(memory: int, core: int, at: int, length: int) -> list[Span]:
+    """Give some bytes of a core's SRAM; a weight SRAM in pages, of which each has few accesses."""
+    if memory != isa.MEMORY_WEIGHT:
+        return [(("sram", memory, core), at, at + length)]
+    end = at + length
+    return [
+        (("page", core, page), max(at, page * _PAGE), min(end, (page + 1) * _PAGE))
+        for page in range(at // _PAGE, -(-end // _PAGE))
+    ]
 
 
 def _of_load(counts: Sequence[int], turn: Turn) -> int:
