@@ -20,21 +20,27 @@ if TYPE_CHECKING:
     from .constraints import supported_ops
     from .frontend.relax import CompiledModel, compile, offload_report, partition_for_mars
     from .options import CompileOptions
+    from .tuner.api import tune
+    from .tuner.database import Database
 
 __all__ = [
     "CompileOptions",
     "CompiledModel",
+    "Database",
     "MarsArch",
     "compile",
     "offload_report",
     "partition_for_mars",
     "supported_ops",
+    "tune",
 ]
 
 _HOMES = {
     "CompileOptions": ".options",
+    "Database": ".tuner.database",
     "MarsArch": "mars_runtime.arch",
     "supported_ops": ".constraints",
+    "tune": ".tuner.api",
 }
 _OF_THE_IR = ("CompiledModel", "compile", "offload_report", "partition_for_mars")
 

@@ -21,6 +21,7 @@ __all__ = ["main", "mars"]
 # Name: the module that holds the command of that name, and what the overview says.
 _COMMANDS = {
     "compile": ("compiling", "Compile an ONNX model for MARS."),
+    "tune": ("tuning", "Search for faster schedules of a model."),
     "run": ("running", "Run a compiled model on the simulated MARS."),
     "profile": ("profiling", "Say what an image costs: cycles, stalls, accesses, energy."),
     "disasm": ("assembly", "Print a program as assembly."),

@@ -52,6 +52,7 @@ class Space:
     packed: Mapping[str, PackedConv]
     default: Point
     _loads: dict[tuple[str, int, int], tuple[Load, ...]] = attrs.field(factory=dict, init=False)
+    _domains: dict[int, dict[str, tuple[Any, ...]]] = attrs.field(factory=dict, init=False)
 
     @classmethod
     def of(cls, graph: Graph, arch: MarsArch) -> Space:
@@ -169,37 +170,62 @@ class Space:
 
     # -- what may be chosen ----------------------------------------------------------------------
 
-    def domain(self, step: Step) -> dict[str, tuple[Any, ...]]:
-        """Give for each decision of a step the values worth trying.
+    def domain(self, index: int) -> dict[str, tuple[Any, ...]]:
+        """Give for each decision of a default step the values worth trying, its own among them.
 
         What one value needs of another (partial sums of split blocks, a tile of the banks) is not
-        told here: such points are refused by :meth:`realize`.
+        told here: such points are refused by :meth:`realize`. Decisions that make no difference
+        have one value.
         """
+        if index not in self._domains:
+            self._domains[index] = self._domain(index)
+        return self._domains[index]
+
+    def _domain(self, index: int) -> dict[str, tuple[Any, ...]]:
+        step, default = self.steps(self.default)[index], self.default.steps[index]
         out = self.graph.types[step.output]
         rows = [(height, out.width) for height in tile_extents(out.height)]
         columns = [(1, width) for width in tile_extents(out.width)[1:]]
-        common: dict[str, tuple[Any, ...]] = {
+        found: dict[str, tuple[Any, ...]] = {
             "tile": (*rows, *columns),
             "staged": (False, True),
             "bank": tuple(range(self.arch.banks)),
         }
-        if not isinstance(step.layer, Conv):
-            return common | {"block_tile": tuple(tile_extents(out.blocks))}
-        packed = self.packed[step.layer.name]
-        heaviest = max(block.group_sets for block in packed.blocks)
+        if isinstance(step.layer, Conv):
+            found |= self._load_domain(step.layer, default, out.height)
+        else:
+            found |= {"block_tile": tuple(tile_extents(out.blocks))}
+        return {
+            name: values if getattr(default, name) in values else (getattr(default, name), *values)
+            for name, values in found.items()
+        }
+
+    def _load_domain(self, layer: Conv, default: Choice, height: int) -> dict[str, tuple[Any, ...]]:
+        packed, cores = self.packed[layer.name], self.arch.cores
         capacity = self.arch.slots(packed.weight_bits)
-        most = {0, capacity // 2, capacity // 3, capacity // 4, heaviest, 2 * heaviest}
-        groups = {1, 2, self.arch.cores, max(1, self.arch.cores // len(packed.blocks))}
-        return common | {
-            "order": ("loads", "tiles"),
-            "partial": ("none", "bank", "offchip"),
-            "row_groups": tuple(sorted(n for n in groups if n <= min(self.arch.cores, out.height))),
-            "most": tuple(sorted(n for n in most if n < capacity)),
-            "chunk": tuple(n for n in CHUNKS if n <= capacity),
+        heaviest = max(block.group_sets for block in packed.blocks)
+        busiest = max(
+            sum(load.group_sets(core) for load in self.loads(layer, 1, 0)) for core in range(cores)
+        )
+        shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
+        # Loads that cut no kernel block where the array does not.
+        most = {heaviest, 2 * heaviest, capacity // 2, capacity * 5 // 8, capacity * 3 // 4}
+        limits = sorted(n for n in most if heaviest <= n < min(capacity, busiest))
+        alone = sum(isinstance(one, Conv) for one in self.graph.layers) == 1
+        many = bool(limits) or busiest > capacity
+        splits = default.partial != "none"
+        chain: dict[str, tuple[Any, ...]] = {
             "join": (False, True),
             "fill_lead": LEADS,
             "fetch_lead": LEADS,
             "slots": ("low", "next"),
+        }
+        return ({} if alone and not many else chain) | {
+            "order": ("loads", "tiles") if many else (default.order,),
+            "partial": ("bank", "offchip") if splits else ("none",),
+            "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
+            "most": (0, *limits),
+            "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
             "apart": (False, True),
         }
 
@@ -211,7 +237,7 @@ class Space:
         share : float
             Probability with which each decision is drawn.
         """
-        domain = self.domain(self.steps(point)[index])
+        domain = self.domain(index)
         drawn = {
             name: rng.choice(values) for name, values in domain.items() if rng.random() < share
         }
@@ -220,7 +246,7 @@ class Space:
     def neighbours(self, point: Point, index: int) -> Iterator[Point]:
         """Yield the points that differ in one decision of one step."""
         choice = point.steps[index]
-        for name, values in self.domain(self.steps(point)[index]).items():
+        for name, values in self.domain(index).items():
             for value in values:
                 if value != getattr(choice, name):
                     yield replaced(point, index, attrs.evolve(choice, **{name: value}))

@@ -126,7 +126,7 @@ def grid_points(space: Space) -> Iterator[Point]:
     """Yield a graph of one step exhaustively; else all uniform points, then single changes."""
     default = space.default
     if len(default.steps) == 1:
-        domain = space.domain(space.steps(default)[0])
+        domain = space.domain(0)
         for values in itertools.product(*domain.values()):
             choice = attrs.evolve(default.steps[0], **dict(zip(domain, values, strict=True)))
             yield replaced(default, 0, choice)
@@ -173,7 +173,7 @@ def _moved(space: Space, rng: random.Random, point: Point, steps: int) -> Point:
     """Change a few decisions of so many steps that follow each other."""
     first = rng.randrange(len(point.steps))
     for index in range(first, min(first + steps, len(point.steps))):
-        domain = space.domain(space.steps(point)[index])
+        domain = space.domain(index)
         names = rng.sample(list(domain), rng.choice((1, 1, 2)))
         drawn = {name: rng.choice(domain[name]) for name in names}
         point = replaced(point, index, attrs.evolve(point.steps[index], **drawn))
