@@ -103,6 +103,31 @@ def test_the_default_schedule_is_a_point(name):
         assert space.time(space.default) == simulate(region, space.arch)
 
 
+@pytest.mark.parametrize("name", ["mars", "small", "full"])
+def test_a_block_that_is_spread_over_the_cores_gives_the_codes(name):
+    ran: Counter[str] = Counter()
+    for seed in range(40):
+        graph = network_of(seed)
+        try:
+            space = Space.of(graph, MACHINES[name])
+        except CapacityError:
+            continue
+        changes = {"chained": True, "partial": "bank", "row_groups": 1}
+        steps = tuple(
+            attrs.evolve(choice, **changes) if "chained" in space.domain(index) else choice
+            for index, choice in enumerate(space.default.steps)
+        )
+        if steps == space.default.steps:
+            continue
+        codes = codes_of(graph, seed)
+        ran[
+            run_point(
+                space, Point(steps, space.default.unfused), codes, evaluate_values(graph, codes)
+            )
+        ] += 1
+    assert ran["moved"] >= 6, ran
+
+
 def test_loads_that_are_filled_together_open_the_arrays_once():
     space = Space.of(every_kind_of_layer(), attrs.evolve(MARS, weight_groups_per_partition=64))
     joined = Point(tuple(attrs.evolve(choice, join=True) for choice in space.default.steps))
@@ -128,6 +153,7 @@ REFUSALS = [
     ({"partial": "bank"}, "partial sums bank, where none would do"),
     ({"row_groups": 9}, "9 groups of 4 cores"),
     ({"block_tile": 9}, "9 channel blocks of 2"),
+    ({"chained": True}, "a chain of one kernel block, not 2"),
 ]
 
 
@@ -139,7 +165,8 @@ def test_refusals_name_the_layer_and_the_reason(changes, message):
         steps=(attrs.evolve(space.default.steps[0], **changes), *space.default.steps[1:]),
     )
     reason = space.legal(point)
-    assert reason is not None and reason.startswith("conv0: ") and message in reason
+    assert reason is not None and message in reason
+    assert reason.startswith("conv0: ")
 
 
 def test_loads_ahead_of_what_the_macros_hold_are_refused():

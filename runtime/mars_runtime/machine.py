@@ -12,7 +12,7 @@ of issue, the unit's own queue, the tokens waited for, and the architecture's ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -35,6 +35,7 @@ Array = npt.NDArray[Any]
 # Times with what is to blame if they come last, see STALLS.
 Waits = list[tuple[int, str]]
 Done = tuple[int, str]
+Kind = TypeVar("Kind", bound=isa.Instruction)
 
 
 class Machine:
@@ -284,17 +285,18 @@ class Machine:
 
     def _configure(self, setting: isa.Sas | isa.Apw | isa.Residual, waits: Waits) -> Done:
         latest = 0
-        bare = attrs.evolve(setting, signal=0, wait=0)  # equal settings share cached costs
+        bare = _without_tokens(setting)  # equal settings share cached costs
         for number in timing.core_list(setting.cores, self.arch.cores):
             core = self.cores[number]
+            config = core.config
             if isinstance(bare, isa.Sas):
-                contexts = list(core.config.contexts)
+                contexts = list(config.contexts)
                 contexts[bare.context] = bare
-                core.config = attrs.evolve(core.config, contexts=tuple(contexts))
+                core.config = timing.CoreConfig(tuple(contexts), config.apw, config.residual)
             elif isinstance(bare, isa.Apw):
-                core.config = attrs.evolve(core.config, apw=bare, residual=None)
+                core.config = timing.CoreConfig(config.contexts, bare)
             else:
-                core.config = attrs.evolve(core.config, residual=bare)
+                core.config = timing.CoreConfig(config.contexts, config.apw, bare)
             start = self._compute_start(core, waits, ())
             end = start + self.arch.issue_cycles
             self.layer.stalls["issue"] += end - start
@@ -368,7 +370,9 @@ class Machine:
         numbers = timing.core_list(conv.cores, self.arch.cores)
         if not conv.height * conv.width:
             raise MachineError("writes no pixel")
-        bare = attrs.evolve(conv, signal=0, wait=0, y=0, x=0)
+        bare = _without_tokens(conv)
+        if conv.y or conv.x:
+            bare = attrs.evolve(bare, y=0, x=0)
         loads, costs, starts = [], [], []
         offchip_words = 0
         splits = False
@@ -496,6 +500,12 @@ _HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Waits], Done]] = 
     isa.Sync: Machine._sync,
     isa.Halt: Machine._halt,
 }
+
+
+def _without_tokens(instruction: Kind) -> Kind:
+    if not (instruction.signal or instruction.wait):
+        return instruction
+    return attrs.evolve(instruction, signal=0, wait=0)
 
 
 def _refuse_unused(setting: isa.Instruction, *names: str) -> None:

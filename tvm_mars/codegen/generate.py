@@ -387,14 +387,17 @@ class _Generator:
             cores = [core for core in share.cores if load.cores[core]]
             slack = shares[0].height - share.height
             base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
-            for group in [[core] for core in cores] if schedule.apart else [cores][: len(cores)]:
+            alone = schedule.apart or schedule.chained
+            for group in [[core] for core in cores] if alone else [cores][: len(cores)]:
+                # All cores of a chain pass their sums on in one place, that of the last core.
+                skip = self.arch.cores - 1 - group[0] if schedule.chained else 0
                 self._conv_share(
                     step,
                     layer,
                     schedule,
                     tile,
                     turn,
-                    base,
+                    base + self._row_words(step, tile) * tile[2] * skip,
                     sources,
                     share.first,
                     share.height,
@@ -452,7 +455,9 @@ class _Generator:
             # Where tiles or shares differ in size, a core's partial sums lie in another's place.
             alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
             alike = alike and kind.width % schedule.tile[1] == 0
-            (writes if alike else shared).append((memory, partial_base, partial_base + words))
+            alike = alike and not schedule.chained
+            place = self.partial_base if schedule.chained else partial_base
+            (writes if alike else shared).append((memory, place, place + words))
         for core in cores:
             part = image.cores[core]
             for sram, at, length in (

@@ -50,6 +50,8 @@ class Choice:
         Which macro slots are tried first: the lowest, or those behind the load before.
     apart : bool
         Whether each core has a CONV of its own.
+    chained : bool
+        Whether the layer's one kernel block is spread over the cores.
     """
 
     tile: tuple[int, int]
@@ -66,6 +68,7 @@ class Choice:
     fetch_lead: int = 0
     slots: Literal["low", "next"] = "low"
     apart: bool = False
+    chained: bool = False
 
 
 @attrs.frozen

@@ -10,9 +10,9 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 
 from ..pack import PackedConv
-from .types import Load, Piece
+from .types import Load, Piece, ScheduleError
 
-__all__ = ["make_loads"]
+__all__ = ["chained_loads", "make_loads"]
 
 
 class _Room:
@@ -100,6 +100,36 @@ def make_loads(
         )
         for i in range(count)
     )
+
+
+def chained_loads(packed: PackedConv, arch: MarsArch) -> tuple[Load, ...]:
+    """Spread a layer's one kernel block over the cores, piece after piece.
+
+    Raises
+    ------
+    ScheduleError
+        If it has more blocks: a core holds one partial sum at a time.
+    """
+    if len(packed.blocks) != 1:
+        raise ScheduleError(
+            f"a chain of one kernel block, not {len(packed.blocks)}", where=packed.name
+        )
+    total, at = packed.blocks[0].group_sets, 0
+    capacity = arch.slots(packed.weight_bits)
+    loads: list[Load] = []
+    while at < total or not loads:
+        rooms = [_Room(packed, arch, capacity) for _ in range(arch.cores)]
+        for place, room in enumerate(rooms):
+            share = -(-(total - at) // (arch.cores - place))
+            stop = room.largest(0, at)
+            if stop is not None and (share or (not loads and not place)):
+                stop = min(stop, at + share)
+                room.put(0, at, stop)
+                at = stop
+        if not any(room.pieces for room in rooms):
+            raise ScheduleError("no group-set fits a core's tables", where=packed.name)
+        loads.append(Load(tuple(tuple(room.pieces) for room in rooms)))
+    return tuple(loads)
 
 
 def _fill_core(

@@ -330,14 +330,14 @@ class Planner:
         return layers
 
     def follow(
-        self, point: Point, loads_of: Callable[[Conv, int, int], tuple[Load, ...]]
+        self, point: Point, loads_of: Callable[[Conv, Choice], tuple[Load, ...]]
     ) -> tuple[LayerSchedule, ...]:
         """Make the layers that a point's choices ask for, loads one after the other.
 
         Parameters
         ----------
         loads_of : callable
-            The loads of a layer by row groups and most group-sets (0 for no limit).
+            The loads that a layer has by a choice.
 
         Raises
         ------
@@ -353,7 +353,7 @@ class Planner:
             layer = step.layer
             loads: tuple[Load, ...] = ()
             if isinstance(layer, Conv):
-                loads = loads_of(layer, choice.row_groups, choice.most)
+                loads = loads_of(layer, choice)
             layers.append(self._followed(i, step, choice, loads, resident))
             if not choice.staged:
                 resident[step.output] = layers[-1].place
@@ -380,6 +380,8 @@ class Planner:
             refuse(f"{choice.block_tile} channel blocks of {out.blocks}")
         if choice.partial not in modes:
             refuse(f"partial sums {choice.partial}, where {' or '.join(modes)} would do")
+        if choice.chained and (choice.row_groups, choice.partial) not in ((1, "bank"), (1, "none")):
+            refuse("a chain of cores passes its sums on in a bank, all of the tile")
         many = len(loads) > 1
         whole = choice.tile == (out.height, out.width)
         if many and choice.partial == "bank" and choice.order == "loads" and not whole:
@@ -414,6 +416,7 @@ class Planner:
             fetch_chunk=choice.chunk,
             slots=choice.slots,
             apart=choice.apart,
+            chained=choice.chained,
         )
 
     def _layer_schedule(

@@ -130,6 +130,9 @@ class LayerSchedule:
         The same for fetching, which is never behind filling: weights then wait in the weight SRAM.
     apart : bool
         Whether each core has a CONV of its own, which waits for no other core's weights.
+    chained : bool
+        Whether the layer's one kernel block is spread over the cores: each continues the partial
+        sum of the one before.
     """
 
     layer: str
@@ -151,6 +154,7 @@ class LayerSchedule:
     fill_ahead: tuple[int, ...] = ()
     fetch_ahead: tuple[int, ...] = ()
     apart: bool = False
+    chained: bool = False
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
         """Yield row, column, height and width of each tile of the output map."""

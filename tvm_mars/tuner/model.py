@@ -17,6 +17,7 @@ fill_lead        loads' compute that a filling precedes
 fetch_lead       how many more its fetching
 next             whether macro slots rotate
 apart            whether each core has a CONV of its own
+chained          whether its one kernel block is spread over the cores
 group_sets       of the layer, as a share of the chip's arrays
 pixels           of the layer, as a share of the graph's largest
 ===============  ===========================================================================
@@ -101,6 +102,7 @@ def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> li
         choice.fetch_lead,
         choice.slots == "next",
         choice.apart,
+        choice.chained,
         packed.group_sets / (capacity * space.arch.cores) if packed else 0.0,
         out.height * out.width / largest,
     ]

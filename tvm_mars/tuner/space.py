@@ -11,6 +11,7 @@ import attrs
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
+from mars_runtime.maps import MapType
 from mars_runtime.timeline import Timeline
 
 from ..codegen import time_schedule
@@ -30,11 +31,13 @@ from ..schedule import (
     point_of,
     tile_extents,
 )
+from ..schedule.loads import chained_loads
 
 __all__ = ["Space"]
 
-CHUNKS = (2, 4, 8, 16, 32, 64)
+CHUNKS = (4, 8, 16, 32)
 LEADS = (0, 1, 2, 3)
+TILES = 4  # times as many tiles as the default has
 
 
 @attrs.frozen(eq=False)
@@ -51,7 +54,9 @@ class Space:
     arch: MarsArch
     packed: Mapping[str, PackedConv]
     default: Point
-    _loads: dict[tuple[str, int, int], tuple[Load, ...]] = attrs.field(factory=dict, init=False)
+    _loads: dict[tuple[str, int, int, bool], tuple[Load, ...]] = attrs.field(
+        factory=dict, init=False
+    )
     _domains: dict[int, dict[str, tuple[Any, ...]]] = attrs.field(factory=dict, init=False)
 
     @classmethod
@@ -95,16 +100,21 @@ class Space:
             return str(error)
         return None
 
-    def loads(self, layer: Conv, row_groups: int, most: int) -> tuple[Load, ...]:
-        """Give a layer's loads, made once for all points."""
-        key = (layer.name, row_groups, most)
+    def loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
+        """Give the loads that a layer has by a choice, made once for all points."""
+        key = (layer.name, choice.row_groups, choice.most, choice.chained)
         if key not in self._loads:
-            if not 1 <= row_groups <= self.arch.cores:
-                raise ScheduleError(
-                    f"{row_groups} groups of {self.arch.cores} cores", where=layer.name
-                )
-            self._loads[key] = self._planner().make_loads(layer, row_groups, most or None)
+            self._loads[key] = self._make_loads(layer, choice)
         return self._loads[key]
+
+    def _make_loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
+        if choice.chained:
+            return chained_loads(self.packed[layer.name], self.arch)
+        if not 1 <= choice.row_groups <= self.arch.cores:
+            raise ScheduleError(
+                f"{choice.row_groups} groups of {self.arch.cores} cores", where=layer.name
+            )
+        return self._planner().make_loads(layer, choice.row_groups, choice.most or None)
 
     def _planner(self) -> Planner:
         return Planner(self.graph, self.arch, self.packed)
@@ -186,8 +196,10 @@ class Space:
         out = self.graph.types[step.output]
         rows = [(height, out.width) for height in tile_extents(out.height)]
         columns = [(1, width) for width in tile_extents(out.width)[1:]]
+        # Smaller tiles need less room, which the default's have, and take more drains and issues.
+        limit = TILES * _tiles(out, default.tile)
         found: dict[str, tuple[Any, ...]] = {
-            "tile": (*rows, *columns),
+            "tile": tuple(tile for tile in (*rows, *columns) if _tiles(out, tile) <= limit),
             "staged": (False, True),
             "bank": tuple(range(self.arch.banks)),
         }
@@ -205,7 +217,11 @@ class Space:
         capacity = self.arch.slots(packed.weight_bits)
         heaviest = max(block.group_sets for block in packed.blocks)
         busiest = max(
-            sum(load.group_sets(core) for load in self.loads(layer, 1, 0)) for core in range(cores)
+            sum(
+                load.group_sets(core)
+                for load in self.loads(layer, Choice(tile=(1, 1), block_tile=1))
+            )
+            for core in range(cores)
         )
         shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
         # Loads that cut no kernel block where the array does not.
@@ -214,20 +230,29 @@ class Space:
         alone = sum(isinstance(one, Conv) for one in self.graph.layers) == 1
         many = bool(limits) or busiest > capacity
         splits = default.partial != "none"
+        chains = len(packed.blocks) == 1 and packed.group_sets > 1
         chain: dict[str, tuple[Any, ...]] = {
             "join": (False, True),
             "fill_lead": LEADS,
             "fetch_lead": LEADS,
             "slots": ("low", "next"),
         }
-        return ({} if alone and not many else chain) | {
-            "order": ("loads", "tiles") if many else (default.order,),
-            "partial": ("bank", "offchip") if splits else ("none",),
-            "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
-            "most": (0, *limits),
-            "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
-            "apart": (False, True),
-        }
+        return (
+            ({} if alone and not many else chain)
+            | {
+                "order": ("loads", "tiles") if many else (default.order,),
+                "partial": ("bank", "offchip")
+                if splits
+                else ("none", "bank")
+                if chains
+                else ("none",),
+                "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
+                "most": (0, *limits),
+                "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
+                "apart": (False, True),
+            }
+            | ({"chained": (False, True)} if chains else {})
+        )
 
     def drawn(self, rng: random.Random, point: Point, index: int, share: float) -> Point:
         """Give a point with some decisions of a step drawn anew; it may be refused.
@@ -250,6 +275,10 @@ class Space:
             for value in values:
                 if value != getattr(choice, name):
                     yield replaced(point, index, attrs.evolve(choice, **{name: value}))
+
+
+def _tiles(out: MapType, tile: tuple[int, int]) -> int:
+    return -(-out.height // tile[0]) * -(-out.width // tile[1])
 
 
 def replaced(point: Point, index: int, choice: Choice) -> Point:

@@ -53,6 +53,7 @@ def starts(space: Space) -> Iterator[Point]:
         {"join": True, "slots": "next"},
         {"join": True, "slots": "next", "most": 40},
         {"join": True, "slots": "next", "most": 32},
+        {"join": True, "slots": "next", "most": 32, "chained": True},
         {"fetch_lead": 1, "slots": "next"},
         {"fetch_lead": 1, "join": True, "slots": "next"},
     ):
@@ -71,6 +72,9 @@ def uniform(space: Space, changes: dict[str, Any]) -> Point:
             steps.append(choice)
             continue
         wanted = dict(changes)
+        pixels = space.graph.types[step.output].height * space.graph.types[step.output].width
+        if wanted.pop("chained", False) and len(packed.blocks) == pixels == 1:
+            wanted |= {"chained": True, "partial": "bank", "row_groups": 1}
         if wanted.get("most"):
             wanted["most"] = max(wanted["most"], *(b.group_sets for b in packed.blocks))
             if wanted["most"] >= space.arch.slots(packed.weight_bits):
