@@ -225,3 +225,34 @@ def test_every_region_of_a_model_is_tuned(tmp_path):
     trials = []
     database = tune(model, work_dir=tmp_path, max_trials_global=24, on_trial=trials.append)
     assert trials and trials[-1].done == trials[-1].trials == len(database.records)
+
+
+def test_command_line(tmp_path, capsys):
+    """Tune the digits network, show it, compile with it: the program is the faster one."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("tvm")
+    from mars_runtime import Program
+    from tvm_mars.cli import main
+    from tvm_mars.onnx_export import to_onnx
+    from tvm_mars.zoo import load_digits
+
+    model, work = str(tmp_path / "net.onnx"), str(tmp_path / "tuned")
+    onnx.save(to_onnx(load_digits()), model)
+    assert main(["tune", model, "-D", work, "--trials", "16", "--set", "overlap=full"]) == 0
+    tuned = capsys.readouterr().out
+    assert main(["tune", "-D", work, "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == tuned and "16 records" in shown and "best at trial" in shown
+    cycles = {}
+    for name, options in (("default", []), ("tuned", ["--tuned", work])):
+        program = str(tmp_path / f"{name}.mars")
+        assert (
+            main(["compile", model, "--program", program, "--set", "overlap=full", *options]) == 0
+        )
+        loaded = Program.load(program)
+        cycles[name] = simulate(loaded.regions[0], loaded.arch).cycles
+    assert cycles["tuned"] < cycles["default"]
+    (best,) = {min(one.cycles for one in Database(work).records)}
+    assert cycles["tuned"] == best
+    assert main(["compile", model, "--program", program, "--tuned", str(tmp_path / "no")]) == 1
+    assert main(["tune", "-D", work]) == 2

@@ -20,6 +20,13 @@ from tvm_mars.tuner.strategies import make_strategy
 pytest.importorskip("ray")
 
 
+@pytest.fixture(autouse=True)
+def patient_cluster(monkeypatch):
+    """Let a busy host answer late: its raylet is not dead."""
+    for name in ("period_ms", "timeout_ms", "initial_delay_ms"):
+        monkeypatch.setenv(f"RAY_health_check_{name}", "60000")
+
+
 def workers_of_ray() -> list[int]:
     """Give the task workers that this test's Ray has started."""
     found = []

@@ -75,9 +75,14 @@ class RayPool:
                 where="runner ray",
                 hint="give the cluster more cores; --resume goes on from what was measured",
             ) from None
-        except self.ray.exceptions.WorkerCrashedError as error:
+        except (
+            self.ray.exceptions.WorkerCrashedError,
+            self.ray.exceptions.NodeDiedError,
+            self.ray.exceptions.ObjectLostError,
+            self.ray.exceptions.RaySystemError,
+        ) as error:
             raise RunnerError(
-                f"a task's worker was lost {_RETRIES + 1} times: {error}",
+                f"workers were lost more than {_RETRIES} times: {error}",
                 where="runner ray",
                 hint="see Ray's logs; --resume goes on from what was measured",
             ) from None
