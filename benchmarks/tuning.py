@@ -17,7 +17,7 @@ that ``ceil(S / slots)`` openings are needed in all.
 t(i) be when every layer before i is done. Between t(i) and t(j) the layers i to j-1 compute; and of
 their group-sets all but the ``4 x slots`` that the chip can hold at t(i) are filled, in arrays of
 which one may have been open already. Both divided by the cores are lower bounds of t(j) - t(i); the
-longest path through them is one of the latency. Before t(1) all of the first layer is filled.
+longest path through them is one of the latency. The first layer waits for an opened array.
 
 In both cases every bit fetched, and every map that enters or leaves the chip, holds the off-chip
 port for its time; the bound is the larger. It is not always reachable: kernel blocks do not divide
@@ -92,6 +92,8 @@ def _longest_path(arch: MarsArch, layers: Sequence[tuple[int, int, int]], slots:
     done = [0]
     for stop in range(1, len(layers) + 1):
         latest = done[-1] + layers[stop - 1][2] / arch.cores
+        if stop == 1:
+            latest += arch.array_fill_cycles
         for first in range(stop):
             group_sets = sum(one[0] for one in layers[first:stop])
             fill = sum(one[1] for one in layers[first:stop])

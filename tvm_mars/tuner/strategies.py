@@ -25,8 +25,8 @@ __all__ = ["STRATEGIES", "Strategy", "make_strategy", "starts"]
 UNIFORM: dict[str, tuple[Any, ...]] = {
     "join": (False, True),
     "slots": ("low", "next"),
-    "most": (0, 48, 40, 32, 24),
-    "chunk": (8, 16, 4),
+    "most": (0, 1, 32, 40),
+    "chunk": (16, 8, 32),
     "fetch_lead": (0, 1),
     "apart": (False, True),
     "fill_lead": (0, 1),
@@ -47,15 +47,15 @@ class Strategy(Protocol):
 def starts(space: Space) -> Iterator[Point]:
     """Yield the default point and those that differ from it in all steps alike."""
     yield space.default
+    finest = {"most": 1, "chunk": 16, "chained": True}
     for changes in (
         {"join": True},
         {"slots": "next"},
-        {"join": True, "slots": "next"},
-        {"join": True, "slots": "next", "most": 40},
-        {"join": True, "slots": "next", "most": 32},
-        {"join": True, "slots": "next", "most": 32, "chained": True},
-        {"fetch_lead": 1, "slots": "next"},
-        {"fetch_lead": 1, "join": True, "slots": "next"},
+        {"join": True, "chunk": 16, "chained": True},
+        {"join": True} | finest,
+        {"join": True, "slots": "next"} | finest,
+        {"join": True, "slots": "next", "chained": True, "most": 32, "chunk": 16},
+        {"join": True, "fetch_lead": 1} | finest,
     ):
         yield uniform(space, changes)
 
