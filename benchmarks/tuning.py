@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space
 from tvm_mars.tuner.strategies import make_strategy
+from tvm_mars.zoo import load_digits
 
 PAPER_FPS = {("vgg16", 8): 540, ("vgg16", 4): 714, ("resnet18", 8): 403, ("resnet18", 4): 711}
 # Table II: the share of group-sets left in ResNet-18 on CIFAR-10 at w8a8 and w8a4 is 5 %.
@@ -152,6 +154,7 @@ def table_of(
         space = Space.of(NETWORKS[network](bits), arch)
         before, after, least = space.time(space.default).cycles, tuned(space, trials), bound(space)
         paper = PAPER_FPS[network, bits]
+        print(network, bits, arch.name, before, after, least, file=sys.stderr, flush=True)
         table.add_row(
             f"{network} w8a{bits}",
             arch.name,
@@ -166,11 +169,11 @@ def table_of(
     console.print(table)
 
 
-def compare(console: Console, trials: Sequence[int], seeds: int) -> None:
-    """Print the strategies at equal trials, and at the time that the plain search takes."""
+def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -> None:
+    """Print the strategies at equal trials, with the time that each took, fitting included."""
     arch = attrs.evolve(PRESETS["mars"], name="full", overlap="full")
-    space = Space.of(NETWORKS["vgg16"](4), arch)
-    table = Table(title=f"vgg16 w8a4, full overlap: median cycles of {seeds} seeds", box=None)
+    space = Space.of(graph, arch)
+    table = Table(title=f"full overlap: median cycles of {seeds} seeds", box=None)
     table.add_column("strategy")
     for count in trials:
         table.add_column(f"{count} trials", justify="right")
@@ -252,6 +255,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sweep", action="store_true", help="over macro_write_bits")
     parser.add_argument("--compare", action="store_true", help="strategies")
+    parser.add_argument("--digits", action="store_true", help="compare on the zoo's digits network")
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
@@ -262,9 +266,9 @@ def main() -> None:
         speed(console)
         return
     if options.compare:
-        compare(
-            console, [count for count in (64, 256, 1024) if count <= options.trials], options.seeds
-        )
+        graph = load_digits() if options.digits else NETWORKS["vgg16"](4)
+        counts = [count for count in (64, 256, 1024) if count <= options.trials]
+        compare(console, graph, counts, options.seeds)
         return
     machines = [
         attrs.evolve(mars, name=f"mars, {overlap}", overlap=overlap) for overlap in OVERLAPS
