@@ -11,14 +11,14 @@ from mars_runtime import isa
 from mars_runtime.stopwatch import Issued
 from mars_runtime.timing import DecodedLoad
 
-__all__ = ["Emitted", "Emitter", "Lane", "Span"]
+__all__ = ["Emitter", "Lane", "Span"]
 
 Lane: TypeAlias = tuple[str, int]  # a unit's queue: unit and core
 Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
 
 
 @attrs.define
-class Emitted:
+class _Emitted:
     """An instruction with what it waits for: earlier ones, by number."""
 
     instruction: isa.Instruction
@@ -41,7 +41,7 @@ class Emitter:
     """Collects instructions and finds what each must wait for."""
 
     def __init__(self) -> None:
-        self.emitted: list[Emitted] = []
+        self.emitted: list[_Emitted] = []
         self.layer = 0
         self._accesses: dict[object, _Accesses] = {}
         # lane -> lanes of another unit -> the last instruction there that the lane has waited for
@@ -95,7 +95,7 @@ class Emitter:
             else:
                 accesses.reads[first, end, lanes] = index
         waits = self._waits(follows, lanes)
-        self.emitted.append(Emitted(instruction, self.layer, lanes, waits, follows, loads))
+        self.emitted.append(_Emitted(instruction, self.layer, lanes, waits, follows, loads))
 
     def _computes_same_layer(self, earlier: int) -> bool:
         entry = self.emitted[earlier]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Protocol
 
 import attrs
@@ -90,17 +89,6 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers."""
         self.pool.shutdown()
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 _spaces: list[Space] = []  # a worker's own
