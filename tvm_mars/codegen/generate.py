@@ -387,8 +387,10 @@ class _Generator:
             cores = [core for core in share.cores if load.cores[core]]
             slack = shares[0].height - share.height
             base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
+            if not cores:
+                continue
             alone = schedule.apart or schedule.chained
-            for group in [[core] for core in cores] if alone else [cores][: len(cores)]:
+            for group in [[core] for core in cores] if alone else [cores]:
                 # All cores of a chain pass their sums on in one place, that of the last core.
                 skip = self.arch.cores - 1 - group[0] if schedule.chained else 0
                 self._conv_share(
