@@ -51,13 +51,6 @@ __all__ = ["tune_command"]
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option(
-    "--runner",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="Where schedules are measured.",
-)
-@click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
@@ -82,7 +75,6 @@ def tune_command(
     strategy: str,
     cost_model: str,
     seed: int,
-    runner: str,
     workers: int,
     patience: int | None,
     resume: bool,
@@ -123,7 +115,6 @@ def tune_command(
             cost_model=cost_model,
             arch=machine,
             objective=objective,
-            runner=runner,
             num_workers=workers,
             resume=resume,
             seed=seed,

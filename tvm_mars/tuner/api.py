@@ -81,8 +81,8 @@ def tune(
         The machine.
     objective : "cycles", "energy" or "edp"
         What is to be small.
-    runner : "local" or "ray"
-        Where schedules are measured.
+    runner : "local"
+        Where schedules are measured: on this host.
     num_workers : int, optional
         Processes that measure; in this one if not given. The result does not depend on it.
     resume : bool

@@ -24,7 +24,7 @@ _CHOICES = {
     "objective": OBJECTIVES,
     "strategy": STRATEGIES,
     "cost_model": ("xgb", "none"),
-    "runner": ("local", "ray"),
+    "runner": ("local",),
 }
 
 
@@ -177,9 +177,5 @@ def _measure(
 
 
 def _runner(space: Space, options: SearchOptions) -> Runner:
-    if options.runner == "ray":
-        from .ray_runner import RayPool
-
-        return RayPool(space, options.workers)
     workers = min(options.workers, 4 * (os.cpu_count() or 1))
     return InProcess(space) if workers == 1 else WorkerPool(space, workers)
