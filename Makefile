@@ -55,10 +55,11 @@ lint: $(READY)  ## Check style and types
 docs: $(READY)  ## Generate the pages of docs/ that follow from the code
 	$(BIN)/python -m tvm_mars.docs
 
-bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network
+bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning
 	$(BIN)/python benchmarks/vgg16.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
+	$(BIN)/python benchmarks/tuning.py
 
 bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
 	$(BIN)/python benchmarks/qat_step.py

@@ -121,10 +121,16 @@ def assert_conserved(timeline: Timeline, arch: MarsArch) -> None:
     assert all(count >= 0 for layer in timeline.layers for count in layer.stalls.values())
 
 
-def assert_macs(timeline: Timeline, region: Region, graph: Graph, arch: MarsArch) -> None:
+def assert_macs(
+    timeline: Timeline,
+    region: Region,
+    graph: Graph,
+    arch: MarsArch,
+    schedule: Schedule | None = None,
+) -> None:
     """MACs executed are the packed ones times pixels, however tiles and loads cut them."""
     packed = pack(graph, arch)
-    steps = scheduled_steps(graph, plan(graph, arch, packed))
+    steps = scheduled_steps(graph, schedule or plan(graph, arch, packed))
     for step, layer, info in zip(steps, timeline.layers, region.layers, strict=True):
         if not isinstance(step.layer, Conv):
             assert layer.counters.macs(arch) == layer.macro_cycles == 0

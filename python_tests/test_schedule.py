@@ -14,7 +14,6 @@ from mars_runtime.packing import block_parameter_bytes
 from python_tests.random_graphs import random_graph
 from tvm_mars.compiler import NamedGraph, build_region, pack
 from tvm_mars.schedule import Step, make_loads, plan, smallest_tile
-from tvm_mars.schedule.loads import segment_bounds
 
 MARS = PRESETS["mars"]
 MACHINES = {
@@ -44,7 +43,7 @@ def test_loads_hold_every_group_set_once_within_every_memory(name, first_seed):
                         core_of.setdefault(piece.block, set()).add(core)
                         assert piece.total == packed.blocks[piece.block].group_sets
                         block = packed.blocks[piece.block]
-                        segments += len(segment_bounds(block, piece.start, piece.stop))
+                        segments += len(block.segments(piece.start, piece.stop))
                     assert load.group_sets(core) <= arch.slots(packed.weight_bits)
                     record = block_parameter_bytes(packed.multiplier is not None)
                     assert len(pieces) * record * 8 <= arch.parameter_sram_bits
@@ -65,7 +64,7 @@ def test_segments_hold_64_group_sets_of_one_term_and_base():
         for packed in pack(random_graph(seed), MARS).values():
             for block in packed.blocks:
                 keys = block.segment_keys()
-                bounds = segment_bounds(block, 0, block.group_sets)
+                bounds = block.segments(0, block.group_sets)
                 assert bounds[0][0] == 0 and bounds[-1][1] == block.group_sets
                 for start, stop in bounds if block.group_sets else []:
                     assert 0 < stop - start <= 64 and len(np.unique(keys[start:stop], axis=0)) == 1

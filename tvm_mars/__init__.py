@@ -27,10 +27,13 @@ if TYPE_CHECKING:
         quantize,
     )
     from .options import CompileOptions
+    from .tuner.api import tune
+    from .tuner.database import Database
 
 __all__ = [
     "CompileOptions",
     "CompiledModel",
+    "Database",
     "MarsArch",
     "QuantizeForMars",
     "compile",
@@ -38,12 +41,15 @@ __all__ = [
     "partition_for_mars",
     "quantize",
     "supported_ops",
+    "tune",
 ]
 
 _HOMES = {
     "CompileOptions": ".options",
+    "Database": ".tuner.database",
     "MarsArch": "mars_runtime.arch",
     "supported_ops": ".constraints",
+    "tune": ".tuner.api",
 }
 _OF_THE_IR = (
     "CompiledModel",

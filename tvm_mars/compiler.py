@@ -12,7 +12,8 @@ from mars_runtime.program import Program, Region
 from .codegen import generate
 from .graph import Conv, Graph
 from .pack import PackedConv, pack_conv
-from .schedule import Schedule, plan
+from .schedule import Schedule
+from .schedule.applied import schedule_of
 from .skeleton import graph_from_json, graph_to_json
 
 __all__ = ["NamedGraph", "build", "build_region", "dense_baseline", "pack"]
@@ -49,7 +50,7 @@ def build_region(
     named: NamedGraph,
     arch: MarsArch,
     *,
-    scheduler: Callable[..., Schedule] = plan,
+    scheduler: Callable[..., Schedule] = schedule_of,
     with_weights: bool = True,
 ) -> Region:
     """Compile one graph.

@@ -6,6 +6,7 @@ unless the architecture has no zero skipping.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.maps import WORD_CHANNELS, MapType
+from mars_runtime.packing import block_parameter_bytes
 
 from .graph import Conv, ConvTerm
 
@@ -36,11 +38,33 @@ class PackedBlock:
     taps: Array
     inputs: Array
     weights: npt.NDArray[np.int8]
+    _cuts: dict[tuple[int, int], list[tuple[int, int]]] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     @property
     def group_sets(self) -> int:
         """How many there are."""
         return len(self.terms)
+
+    def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut group-sets ``start .. stop`` into segments (see :class:`isa.Segment`)."""
+        found = self._cuts.get((start, stop))
+        if found is None:
+            found = self._cuts[start, stop] = self._cut(start, stop)
+        return found
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        if start == stop:
+            return [(start, stop)]
+        keys = self.segment_keys()[start:stop]
+        changes = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1 + start
+        bounds = [start, *(int(change) for change in changes), stop]
+        return [
+            (at, min(at + isa.GROUP_SETS_PER_SEGMENT, end))
+            for begin, end in itertools.pairwise(bounds)
+            for at in range(begin, end, isa.GROUP_SETS_PER_SEGMENT)
+        ]
 
     def segment_keys(self) -> Array:
         """Give for each group-set the term, tap base and block base of its segment ``[n, 3]``."""
@@ -75,6 +99,11 @@ class PackedConv:
     def group_sets(self) -> int:
         """Stored group-sets of all blocks."""
         return sum(block.group_sets for block in self.blocks)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a kernel block's parameters."""
+        return block_parameter_bytes(self.multiplier is not None)
 
 
 def pack_conv(layer: Conv, types: Mapping[str, MapType], arch: MarsArch) -> PackedConv:

@@ -12,7 +12,7 @@ of issue, the unit's own queue, the tokens waited for, and the architecture's ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -26,7 +26,7 @@ from .maps import WORD_BYTES, pack_map, unpack_map
 from .memory import ChipMemory, Core, whole
 from .packing import group_set_bytes, unpack_group_sets
 from .program import Region
-from .timeline import Counters, Event, LayerTime, Timeline
+from .timeline import Event, LayerTime, Timeline
 
 __all__ = ["Machine", "simulate"]
 
@@ -35,6 +35,7 @@ Array = npt.NDArray[Any]
 # Times with what is to blame if they come last, see STALLS.
 Waits = list[tuple[int, str]]
 Done = tuple[int, str]
+Kind = TypeVar("Kind", bound=isa.Instruction)
 
 
 class Machine:
@@ -53,10 +54,13 @@ class Machine:
         Whether to record an :class:`Event` for every instruction.
     """
 
+    reads_codes = True  # whether loads are decoded from the index SRAMs
+
     def __init__(
         self, region: Region, arch: MarsArch, images: int | None = None, trace: bool = False
     ) -> None:
         self.region, self.arch = region, arch
+        self.length = len(region.instructions)
         self.trace = trace
         self.events: list[Event] = []
         self.cores = [Core(number, arch) for number in range(arch.cores)]
@@ -68,6 +72,8 @@ class Machine:
         self.layers = self.layers or [LayerTime("region", "region")]
         self.computed = [0] * len(self.layers)  # until when a layer's cores compute
         self.layer_number = self.index = 0
+        self.layer = self.layers[0]  # whose instructions run
+        self.counters = self.layer.counters
         self.image_words = -(-region.image_bytes // WORD_BYTES)
         self.memory: ChipMemory | None = None
         if images is not None:
@@ -123,7 +129,7 @@ class Machine:
             while self.index >= stops[self.layer_number] and self.layer_number + 1 < len(stops):
                 self._end_layer()
             try:
-                self._step(instruction)
+                self._step(instruction, instruction.wait, instruction.signal)
             except MachineError as error:
                 name = type(instruction).__name__.upper()
                 place = f"instruction {self.index} ({name}, {self.layers[self.layer_number].name})"
@@ -132,37 +138,27 @@ class Machine:
         return Timeline(self.now, tuple(self.layers), tuple(self.events))
 
     def _end_layer(self) -> None:
-        layer = self.layers[self.layer_number]
-        layer.cycles = self.now - layer.start
+        self.layer.cycles = self.now - self.layer.start
         if self.layer_number + 1 < len(self.layers):
             self.layer_number += 1
-            self.layers[self.layer_number].start = self.now
+            self.layer = self.layers[self.layer_number]
+            self.counters = self.layer.counters
+            self.layer.start = self.now
 
-    @property
-    def layer(self) -> LayerTime:
-        """The layer whose instructions run."""
-        return self.layers[self.layer_number]
-
-    @property
-    def counters(self) -> Counters:
-        """The layer's counters."""
-        return self.layer.counters
-
-    def _step(self, instruction: isa.Instruction) -> None:
+    def _step(self, instruction: isa.Instruction, wait: int, signal: int) -> None:
         self.issued += self.arch.issue_cycles
         self.counters.instruction_bits += 8 * isa.INSTRUCTION_BYTES
         waits = [(self.issued, "issue")]
-        token_mask = instruction.wait
-        while token_mask:
-            token = (token_mask & -token_mask).bit_length() - 1
-            token_mask &= token_mask - 1
+        while wait:
+            token = (wait & -wait).bit_length() - 1
+            wait &= wait - 1
             if token not in self.tokens:
                 raise MachineError(f"waits for token {token}, which nothing signals: a deadlock")
             waits.append(self.tokens[token])
-        end, cause = _HANDLERS[type(instruction)](self, instruction, waits)
-        self.now = max(self.now, end)
-        if instruction.signal:
-            self.tokens[instruction.signal - 1] = (end, cause)
+        done = _HANDLERS[type(instruction)](self, instruction, waits)
+        self.now = max(self.now, done[0])
+        if signal:
+            self.tokens[signal - 1] = done
 
     def _record(self, lane: str, name: str, start: int, end: int) -> None:
         if self.trace:
@@ -197,7 +193,7 @@ class Machine:
         self.counters.core_sram_bits += bits
         self._record("dma", f"FETCH {('weight', 'index', 'parameter')[fetch.memory]}", start, end)
         # The timeline needs the index codes too: they decide how long a CONV takes.
-        if self.memory is not None or fetch.memory == isa.MEMORY_INDEX:
+        if self.memory is not None or (fetch.memory == isa.MEMORY_INDEX and self.reads_codes):
             sram.cells.write(span, start, end, whole)
             data = self.region.image[fetch.source : fetch.source + fetch.length]
             sram.data[fetch.destination : fetch.destination + fetch.length] = np.frombuffer(
@@ -289,17 +285,18 @@ class Machine:
 
     def _configure(self, setting: isa.Sas | isa.Apw | isa.Residual, waits: Waits) -> Done:
         latest = 0
-        bare = attrs.evolve(setting, signal=0, wait=0)  # equal settings share cached costs
+        bare = _without_tokens(setting)  # equal settings share cached costs
         for number in timing.core_list(setting.cores, self.arch.cores):
             core = self.cores[number]
+            config = core.config
             if isinstance(bare, isa.Sas):
-                contexts = list(core.config.contexts)
+                contexts = list(config.contexts)
                 contexts[bare.context] = bare
-                core.config = attrs.evolve(core.config, contexts=tuple(contexts))
+                core.config = timing.CoreConfig(tuple(contexts), config.apw, config.residual)
             elif isinstance(bare, isa.Apw):
-                core.config = attrs.evolve(core.config, apw=bare, residual=None)
+                core.config = timing.CoreConfig(config.contexts, bare)
             else:
-                core.config = attrs.evolve(core.config, residual=bare)
+                core.config = timing.CoreConfig(config.contexts, config.apw, bare)
             start = self._compute_start(core, waits, ())
             end = start + self.arch.issue_cycles
             self.layer.stalls["issue"] += end - start
@@ -373,16 +370,16 @@ class Machine:
         numbers = timing.core_list(conv.cores, self.arch.cores)
         if not conv.height * conv.width:
             raise MachineError("writes no pixel")
-        bare = attrs.evolve(conv, signal=0, wait=0, y=0, x=0)
+        bare = _without_tokens(conv)
+        if conv.y or conv.x:
+            bare = attrs.evolve(bare, y=0, x=0)
         loads, costs, starts = [], [], []
         offchip_words = 0
         splits = False
         for number in numbers:
             core = self.cores[number]
             core.open = False
-            load = timing.decode_load(
-                core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot
-            )
+            load = self._load_of(core, conv)
             cost = timing.conv_cost(self.arch, bare, core.config, load)
             _refuse_unused(core.config.output, *_UNUSED_BY_MODE[core.config.output.mode])
             contexts = {segment.context for visit in load.visits for segment in visit.segments}
@@ -418,6 +415,10 @@ class Machine:
             if self.memory is not None:
                 ConvTile(self.memory, self.cores[number], conv, start, end).execute(load)
         return latest, "cores"
+
+    def _load_of(self, core: Core, conv: isa.Conv) -> timing.DecodedLoad:
+        """Walk the load that a core computes with."""
+        return timing.decode_load(core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot)
 
     def _pool(self, pool: isa.Pool, waits: Waits) -> Done:
         return self._apw_pass("POOL", pool, waits, timing.pool_cost, pool_tile, (0,))
@@ -470,7 +471,7 @@ class Machine:
         return max(waits)
 
     def _halt(self, halt: isa.Halt, waits: Waits) -> Done:
-        if self.index != len(self.region.instructions) - 1:
+        if self.index != self.length - 1:
             raise MachineError("stands before the end of the program")
         end = max(max(waits)[0], self.now)
         for core in self.cores:
@@ -499,6 +500,12 @@ _HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Waits], Done]] = 
     isa.Sync: Machine._sync,
     isa.Halt: Machine._halt,
 }
+
+
+def _without_tokens(instruction: Kind) -> Kind:
+    if not (instruction.signal or instruction.wait):
+        return instruction
+    return attrs.evolve(instruction, signal=0, wait=0)
 
 
 def _refuse_unused(setting: isa.Instruction, *names: str) -> None:

@@ -22,6 +22,7 @@ __all__ = ["main", "mars"]
 _COMMANDS = {
     "compile": ("compiling", "Compile an ONNX model for MARS."),
     "quantize": ("quantizing", "Quantize a float ONNX model, without training it."),
+    "tune": ("tuning", "Search for faster schedules of a model."),
     "run": ("running", "Run a compiled model on the simulated MARS."),
     "profile": ("profiling", "Say what an image costs: cycles, stalls, accesses, energy."),
     "disasm": ("assembly", "Print a program as assembly."),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
 
 from .base import MarsCommand, arch_options, input_shapes, read_arch, write_file, write_text
 
-__all__ = ["compile_command"]
+__all__ = ["check_model", "compile_command"]
 
 
 @click.command("compile", cls=MarsCommand)
@@ -37,6 +38,7 @@ __all__ = ["compile_command"]
     metavar="PATH|-",
     help="Write what became of every operator, with the reason if the CPU keeps it.",
 )
+@click.option("--tuned", metavar="DIR", help="Use the best schedules that `mars tune` found.")
 @click.option("--timing", is_flag=True, help="Say on stderr how long each stage took.")
 def compile_command(
     model: str,
@@ -47,6 +49,7 @@ def compile_command(
     changes: dict[str, str],
     min_macs: int,
     dump_offloads: str | None,
+    tuned: str | None,
     timing: bool,
 ) -> None:
     """Compile a quantized ONNX model (QuantizeLinear and DequantizeLinear around its operators).
@@ -68,7 +71,10 @@ def compile_command(
     import tvm_mars
     from mars_runtime.errors import UnsupportedError
 
-    compiled = tvm_mars.compile(model, target="mars", shape=shapes, arch=machine, min_macs=min_macs)
+    with _schedules(tuned):
+        compiled = tvm_mars.compile(
+            model, target="mars", shape=shapes, arch=machine, min_macs=min_macs
+        )
     if dump_offloads:
         write_text(str(compiled.report), dump_offloads)
     if program and compiled.program is None:
@@ -85,7 +91,21 @@ def compile_command(
         _print_timings(compiled.timings)
 
 
+def _schedules(directory: str | None) -> AbstractContextManager[object]:
+    """Give what lets a compilation use a database's schedules; without one, nothing."""
+    if directory is None:
+        return nullcontext()
+    from mars_runtime.errors import InputError
+
+    from ..tuner.database import Database
+
+    if not Path(directory).is_dir():
+        raise InputError("no such directory", where=directory)
+    return Database(directory)
+
+
 def check_model(model: str) -> None:
+    """Refuse a model that is not there, before TVM is imported."""
     from mars_runtime.errors import InputError
 
     if not Path(model).is_file():

@@ -5,6 +5,6 @@ reads and writes; the emitter finds the earlier instructions of other units that
 tokens are allotted to them at the end.
 """
 
-from .generate import generate
+from .generate import generate, time_schedule
 
-__all__ = ["generate"]
+__all__ = ["generate", "time_schedule"]

@@ -12,18 +12,20 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
-from mars_runtime.packing import group_set_bytes
 from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
-from mars_runtime.timing import RAW_WORDS
+from mars_runtime.stopwatch import Stopwatch
+from mars_runtime.timeline import Timeline
+from mars_runtime.timing import RAW_WORDS, DecodedLoad
 
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
-from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
+from ..schedule import LayerSchedule, Load, Piece, Place, Schedule, Step, scheduled_steps
 from ..schedule.plan import Window, input_windows
 from .emitter import Emitter, Span
-from .image import Image, LoadImage
+from .image import Content, Image, LoadImage, decoded_load
+from .loading import Loader, Turn, turns
 
-__all__ = ["generate"]
+__all__ = ["generate", "time_schedule"]
 
 
 @attrs.frozen
@@ -52,36 +54,56 @@ class _Generator:
         arch: MarsArch,
         packed: Mapping[str, PackedConv],
         schedule: Schedule,
-        with_weights: bool,
+        content: Content,
     ) -> None:
         self.graph, self.arch, self.packed, self.schedule = graph, arch, packed, schedule
         self.types = graph.types
         self.out = Emitter()
-        self.image = Image()
+        self.image = Image(content)
         self.steps = scheduled_steps(graph, schedule)
         self.loads: dict[str, list[LoadImage]] = {
-            entry.layer: [
-                self.image.add_load(packed[entry.layer], load, with_weights) for load in entry.loads
-            ]
+            entry.layer: [self.image.add_load(packed[entry.layer], load) for load in entry.loads]
             for entry in schedule.layers
         }
         self.image_bytes = self.image.table_bytes + self.image.weight_bytes
+        self.turns = list(turns(self.steps, schedule.layers, self.types))
+        self.loader = Loader(arch, packed, self.turns, self.loads, self.image.table_bytes, self.out)
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
-        self.rings: dict[object, int] = {}
         self.settings: dict[tuple[int, object], object] = {}
         self.staged: dict[Place, tuple[str, Window]] = {}
+        self.partial_base = 0
+        self.decoded: dict[tuple[int, int | None, int], DecodedLoad] = {}  # layer, load, core
+
+    def emit(self) -> None:
+        """Emit everything."""
+        for entry in self.graph.inputs:
+            self._address(entry.name)
+        for number, turn in enumerate(self.turns):
+            self._turn(number, turn)
+        for out in self.graph.outputs:
+            self._address(out.value)
+        if self.next_word * WORD_BYTES > self.arch.offchip_bytes:
+            raise CapacityError(
+                "weights and maps do not fit off-chip memory",
+                op="network",
+                need=self.next_word * WORD_BYTES,
+                have=self.arch.offchip_bytes,
+                unit="bytes",
+                hint="raise offchip_bytes",
+            )
+        self.out.emit(isa.Halt(), (("controller", 0),))
+
+    def timeline(self) -> Timeline:
+        """Time what was emitted."""
+        stream = list(self.out.issues())
+        layers = self._layer_table([one.layer for one in stream])
+        return Stopwatch(self.arch, layers, self.image_bytes, self.next_word).time(stream)
 
     def region(
         self, input_names: Sequence[str], output_names: Sequence[str], network: str
     ) -> Region:
-        for entry in self.graph.inputs:
-            self._address(entry.name)
-        for number, (step, schedule) in enumerate(
-            zip(self.steps, self.schedule.layers, strict=True)
-        ):
-            self.out.layer = number
-            self._layer(step, schedule)
+        """Give what was emitted as a region."""
         outputs = tuple(
             OutputPort(
                 name,
@@ -98,16 +120,6 @@ class _Generator:
             )
             for name, entry in zip(input_names, self.graph.inputs, strict=True)
         )
-        if self.next_word * WORD_BYTES > self.arch.offchip_bytes:
-            raise CapacityError(
-                "weights and maps do not fit off-chip memory",
-                op="network",
-                need=self.next_word * WORD_BYTES,
-                have=self.arch.offchip_bytes,
-                unit="bytes",
-                hint="raise offchip_bytes",
-            )
-        self.out.emit(isa.Halt(), (("controller", 0),))
         instructions, layer_of = self.out.finish()
         return Region(
             inputs,
@@ -152,14 +164,6 @@ class _Generator:
     def _allot(self, words: int) -> int:
         at = self.next_word
         self.next_word += words
-        return at
-
-    def _ring(self, memory: object, length: int, sram_bits: int) -> int:
-        """Give the next bytes of an SRAM, from the start again when the end is reached."""
-        at = self.rings.get(memory, 0)
-        if at + length > sram_bits // 8:
-            at = 0
-        self.rings[memory] = at + length
         return at
 
     def _move(
@@ -215,16 +219,36 @@ class _Generator:
 
     # -- a layer ---------------------------------------------------------------------------------
 
-    def _layer(self, step: Step, schedule: LayerSchedule) -> None:
-        self.staged.clear()
-        if isinstance(step.layer, Conv):
-            self._conv_layer(step, step.layer, schedule)
+    def _turn(self, number: int, turn: Turn) -> None:
+        """Emit the loads that are due, then what a turn computes."""
+        if turn.layer != self.out.layer or not number:
+            self.staged.clear()
+            self.partial_base = self._allot_partial(turn)
+        self.out.layer = turn.layer
+        self.loader.own(number)
+        step, layer, schedule = turn.step, turn.step.layer, turn.schedule
+        if isinstance(layer, Conv):
+            for i, tile in turn.tiles:
+                self._conv_tile(step, layer, schedule, number, i, tile)
         else:
-            self._apw_layer(step, step.layer, schedule)
-        if schedule.copy_out:
+            self.loader.ahead(number)
+            self._apw_layer(step, layer, schedule)
+        self.loader.after(number)
+        if turn.last and schedule.copy_out:
             kind = self.types[step.output]
             whole = Window(0, 0, kind.height, kind.width, (0, 0))
             self._move(isa.MOVE_OUT, step.output, whole, schedule.place, 0, kind.blocks)
+
+    def _allot_partial(self, turn: Turn) -> int:
+        """Give the first word of a layer's partial sums."""
+        schedule = turn.schedule
+        if schedule.partial == "bank":
+            assert schedule.partial_place is not None
+            return schedule.partial_place.base
+        if schedule.partial == "offchip":
+            count = len(list(schedule.tiles(self.types[turn.step.output])))
+            return self._allot(self._partial_words(turn.step, schedule) * count)
+        return 0
 
     def _sources(
         self,
@@ -337,119 +361,49 @@ class _Generator:
 
     # -- convolution -----------------------------------------------------------------------------
 
-    def _conv_layer(self, step: Step, layer: Conv, schedule: LayerSchedule) -> None:
-        tiles = list(schedule.tiles(self.types[step.output]))
-        partial_base = 0
-        if schedule.partial == "bank":
-            assert schedule.partial_place is not None
-            partial_base = schedule.partial_place.base
-        partial_words = self._partial_words(step, schedule)
-        if schedule.partial == "offchip":
-            partial_base = self._allot(partial_words * len(tiles))
-        if schedule.order == "loads":
-            for number in range(len(schedule.loads)):
-                self._load(schedule, number)
-                for i, tile in enumerate(tiles):
-                    base = partial_base + (
-                        i * partial_words if schedule.partial == "offchip" else 0
-                    )
-                    self._conv_tile(step, layer, schedule, tile, number, base)
-            return
-        for i, tile in enumerate(tiles):
-            base = partial_base + (i * partial_words if schedule.partial == "offchip" else 0)
-            for number in range(len(schedule.loads)):
-                self._load(schedule, number)
-                self._conv_tile(step, layer, schedule, tile, number, base)
-
     def _partial_words(self, step: Step, schedule: LayerSchedule) -> int:
         ph, pw = step.pooling
         return self.arch.cores * RAW_WORDS * schedule.tile[0] * ph * schedule.tile[1] * pw
-
-    def _load(self, schedule: LayerSchedule, number: int) -> None:
-        """Fetch a load's tables and weights and fill the arrays, the two hops in chunks."""
-        arch, weight_bits = self.arch, self.packed[schedule.layer].weight_bits
-        cores = self.loads[schedule.layer][number].cores
-        filling = [core for core, part in cores.items() if part.group_sets]
-        if filling:
-            lanes = tuple(("load", core) for core in filling)
-            self.out.emit(isa.Prepare(cores=_mask(filling)), lanes)
-        # Tables lie at the same addresses on every core, so that one CONV serves them all.
-        self.index_at = self._ring(
-            isa.MEMORY_INDEX, max(part.index_bytes for part in cores.values()), arch.index_sram_bits
-        )
-        self.parameters_at = self._ring(
-            isa.MEMORY_PARAMETER,
-            max(part.parameter_bytes for part in cores.values()),
-            arch.parameter_sram_bits,
-        )
-        for core, part in cores.items():
-            self._fetch(core, isa.MEMORY_INDEX, part.index, part.index_bytes, self.index_at)
-            self._fetch(
-                core,
-                isa.MEMORY_PARAMETER,
-                part.parameters,
-                part.parameter_bytes,
-                self.parameters_at,
-            )
-        size = group_set_bytes(weight_bits)
-        chunk = min(schedule.fetch_chunk, arch.weight_sram_bits // 8 // size)
-        most = max((cores[core].group_sets for core in filling), default=0)
-        for start in range(0, most, chunk):
-            for core in filling:
-                count = min(chunk, cores[core].group_sets - start)
-                if count <= 0:
-                    continue
-                source = self.image.table_bytes + cores[core].weights + start * size
-                at = self._ring((isa.MEMORY_WEIGHT, core), count * size, arch.weight_sram_bits)
-                self._fetch(core, isa.MEMORY_WEIGHT, source, count * size, at)
-                self.out.emit(
-                    isa.Fill(
-                        core=core,
-                        source=at,
-                        slot=start,
-                        count=count,
-                        weight_bits=int(weight_bits == 8),
-                    ),
-                    (("load", core),),
-                    reads=[(("sram", isa.MEMORY_WEIGHT, core), at, at + count * size)],
-                    writes=[(("slots", core), start, start + count)],
-                )
-
-    def _fetch(self, core: int, memory: int, source: int, length: int, at: int) -> None:
-        self.out.emit(
-            isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
-            (("dma", 0),),
-            writes=[(("sram", memory, core), at, at + length)],
-        )
 
     def _conv_tile(
         self,
         step: Step,
         layer: Conv,
         schedule: LayerSchedule,
+        turn: int,
+        place: int,
         tile: tuple[int, int, int, int],
-        number: int,
-        partial_base: int,
     ) -> None:
+        number = self.turns[turn].load
+        assert number is not None
         load = schedule.loads[number]
         sources = self._sources(step, schedule, tile, 0, None)
+        self.loader.ahead(turn)  # behind the maps that this turn waits for
+        partial_base = self.partial_base
+        if schedule.partial == "offchip":
+            partial_base += place * self._partial_words(step, schedule)
         shares = list(schedule.shares(tile, self.arch.cores))
         for share in shares:
             cores = [core for core in share.cores if load.cores[core]]
-            if cores:
-                slack = shares[0].height - share.height
-                base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
+            slack = shares[0].height - share.height
+            base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
+            if not cores:
+                continue
+            alone = schedule.apart or schedule.chained
+            for group in [[core] for core in cores] if alone else [cores]:
+                # All cores of a chain pass their sums on in one place, that of the last core.
+                skip = self.arch.cores - 1 - group[0] if schedule.chained else 0
                 self._conv_share(
                     step,
                     layer,
                     schedule,
                     tile,
-                    number,
-                    base,
+                    turn,
+                    base + self._row_words(step, tile) * tile[2] * skip,
                     sources,
                     share.first,
                     share.height,
-                    cores,
+                    group,
                 )
         if schedule.output_staged:
             self._move_finished(step, schedule, tile, load, number)
@@ -464,7 +418,7 @@ class _Generator:
         layer: Conv,
         schedule: LayerSchedule,
         tile: tuple[int, int, int, int],
-        number: int,
+        turn: int,
         partial_base: int,
         sources: Sequence[_Source],
         first: int,
@@ -472,7 +426,11 @@ class _Generator:
         cores: Sequence[int],
     ) -> None:
         """Emit what some cores do of a tile: rows from ``first`` on."""
-        load, image = schedule.loads[number], self.loads[schedule.layer][number]
+        loaded = self.loader.loaded[turn]
+        image = loaded.image
+        splits = any(
+            not (piece.first and piece.last) for core in cores for piece in self._pieces(turn, core)
+        )
         skipped = first * step.pooling[0]
         for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False)):
             origin = (source.origin[0] + skipped * term.stride[0], source.origin[1])
@@ -493,47 +451,60 @@ class _Generator:
         reads: list[Span] = [source.span for source in sources]
         writes: list[Span] = [out_span]
         shared: list[Span] = []
-        if load.splits:
+        if splits:
             memory = "offchip" if schedule.partial == "offchip" else ("bank", partial.bank)
             words = self._partial_words(step, schedule)
             # Where tiles or shares differ in size, a core's partial sums lie in another's place.
             alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
             alike = alike and kind.width % schedule.tile[1] == 0
-            (writes if alike else shared).append((memory, partial_base, partial_base + words))
+            alike = alike and not schedule.chained
+            place = self.partial_base if schedule.chained else partial_base
+            (writes if alike else shared).append((memory, place, place + words))
         for core in cores:
             part = image.cores[core]
-            reads += [
-                (
-                    ("sram", isa.MEMORY_INDEX, core),
-                    self.index_at,
-                    self.index_at + part.index_bytes,
-                ),
-                (
-                    ("sram", isa.MEMORY_PARAMETER, core),
-                    self.parameters_at,
-                    self.parameters_at + part.parameter_bytes,
-                ),
-                (("slots", core), 0, part.group_sets),
-            ]
+            for sram, at, length in (
+                (isa.MEMORY_INDEX, loaded.index, part.index_bytes),
+                (isa.MEMORY_PARAMETER, loaded.parameters, part.parameter_bytes),
+            ):
+                reads.append((("sram", sram, core), at, at + length))
+            reads.append((("slots", core), loaded.slot, loaded.slot + part.group_sets))
+        self.loader.computes(cores)
+        decoded: dict[int, DecodedLoad] | None = None
+        if self.image.content == "sizes":
+            decoded = {core: self._decoded(turn, core) for core in cores}
         self.out.emit(
             isa.Conv(
                 cores=_mask(cores),
-                descriptor=self.index_at,
-                codes=self.index_at + image.descriptor_bytes,
-                parameters=self.parameters_at,
+                descriptor=loaded.index,
+                codes=loaded.index + image.descriptor_bytes,
+                parameters=loaded.parameters,
+                slot=loaded.slot,
                 y=y + first,
                 x=x,
                 height=height,
                 width=tile[3],
-                partial=int(load.splits and schedule.partial == "offchip"),
-                partial_bank=partial.bank if load.splits else 0,
-                partial_base=partial_base if load.splits else 0,
+                partial=int(splits and schedule.partial == "offchip"),
+                partial_bank=partial.bank if splits else 0,
+                partial_base=partial_base if splits else 0,
             ),
             tuple(("compute", core) for core in cores),
             reads,
             writes,
             shared,
+            decoded,
         )
+
+    def _decoded(self, turn: int, core: int) -> DecodedLoad:
+        key = (self.turns[turn].layer, self.turns[turn].load, core)
+        if key not in self.decoded:
+            packed = self.packed[self.turns[turn].schedule.layer]
+            self.decoded[key] = decoded_load(packed, self._pieces(turn, core))
+        return self.decoded[key]
+
+    def _pieces(self, turn: int, core: int) -> tuple[Piece, ...]:
+        number = self.turns[turn].load
+        assert number is not None
+        return self.turns[turn].schedule.loads[number].cores[core]
 
     def _move_finished(
         self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load, number: int
@@ -710,5 +681,26 @@ def generate(
     CapacityError
         If the image and the spilled maps exceed off-chip memory.
     """
-    generator = _Generator(graph, arch, packed, schedule, with_weights)
+    generator = _Generator(graph, arch, packed, schedule, "all" if with_weights else "tables")
+    generator.emit()
     return generator.region(input_names, output_names, network)
+
+
+def time_schedule(
+    graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv], schedule: Schedule
+) -> Timeline:
+    """Give the timeline of a schedule without building its program.
+
+    It is the one that the machine would report for the program of :func:`generate`: the same
+    instructions through the same costs and rules, without image, encoding and codes.
+
+    Raises
+    ------
+    CapacityError
+        If the image and the spilled maps exceed off-chip memory.
+    ScheduleError
+        If the schedule asks for what the machine cannot hold.
+    """
+    generator = _Generator(graph, arch, packed, schedule, "sizes")
+    generator.emit()
+    return generator.timeline()

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import attrs
 
 from mars_runtime import isa
-from mars_runtime.packing import group_set_bytes, pack_group_sets, pack_parameters
+from mars_runtime.packing import (
+    group_set_bytes,
+    pack_group_sets,
+    pack_parameters,
+)
+from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit
 
 from ..pack import PackedBlock, PackedConv
 from ..schedule import Load, Piece
-from ..schedule.loads import segment_bounds
 
-__all__ = ["CoreImage", "Image", "LoadImage"]
+__all__ = ["Content", "CoreImage", "Image", "LoadImage", "decoded_load"]
+
+Content: TypeAlias = Literal["all", "tables", "sizes"]
 
 
 @attrs.frozen
@@ -37,38 +44,50 @@ class LoadImage:
 
 
 class Image:
-    """The off-chip image: tables (index codes, descriptors, parameters) first, then weights."""
+    """The off-chip image: tables (index codes, descriptors, parameters) first, then weights.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    content : "all", "tables" or "sizes"
+        What is written: everything; all but the weights, enough for a timeline; nothing, where
+        only addresses are wanted.
+    """
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
         self.tables: list[bytes] = []
         self.weights: list[bytes] = []
         self.table_bytes = self.weight_bytes = 0
 
-    def add_load(self, packed: PackedConv, load: Load, with_weights: bool) -> LoadImage:
+    def add_load(self, packed: PackedConv, load: Load) -> LoadImage:
         """Add a load's data; weight addresses count from the end of the tables.
 
         Descriptors are padded to the longest, so that one CONV finds every core's codes.
         """
-        words = {core: _index_words(packed, load.cores[core]) for core in load.active}
-        longest = max((len(descriptor) for descriptor, _ in words.values()), default=0)
+        longest = isa.SEGMENT_BYTES * max(
+            (_segments(packed, load.cores[core]) for core in load.active), default=0
+        )
         cores = {}
-        for core, (descriptor, codes) in words.items():
+        for core in load.active:
             pieces = load.cores[core]
-            index = descriptor.ljust(longest, b"\0") + codes
-            parameters = _parameters(packed, pieces)
             group_sets = load.group_sets(core)
+            index_bytes = longest + group_sets * isa.CODE_BYTES
+            parameter_bytes = len(pieces) * packed.parameter_bytes
             cores[core] = CoreImage(
                 self.table_bytes,
-                len(index),
-                self.table_bytes + len(index),
-                len(parameters),
+                index_bytes,
+                self.table_bytes + index_bytes,
+                parameter_bytes,
                 self.weight_bytes,
                 group_sets,
             )
-            self.tables += [index, parameters]
-            self.table_bytes += len(index) + len(parameters)
+            self.table_bytes += index_bytes + parameter_bytes
             self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
-            if with_weights:
+            if self.content != "sizes":
+                descriptor, codes = _index_words(packed, pieces)
+                index = descriptor.ljust(longest, b"\0") + codes
+                self.tables += [index, _parameters(packed, pieces)]
+            if self.content == "all":
                 self.weights += [
                     pack_group_sets(
                         packed.blocks[piece.block].weights[piece.start : piece.stop],
@@ -78,6 +97,29 @@ class Image:
                     if piece.group_sets
                 ]
         return LoadImage(cores, longest)
+
+
+def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
+    return sum(
+        len(packed.blocks[piece.block].segments(piece.start, piece.stop)) for piece in pieces
+    )
+
+
+def decoded_load(packed: PackedConv, pieces: Sequence[Piece]) -> DecodedLoad:
+    """Give what the machine makes of one core's tables (macro slots count from 0)."""
+    visits, slot = [], 0
+    for piece in pieces:
+        block = packed.blocks[piece.block]
+        segments = []
+        for start, stop in block.segments(piece.start, piece.stop):
+            context = int(block.terms[start]) if start < stop else 0
+            taps = tuple(block.taps[start:stop].tolist())
+            segments.append(
+                LoadedSegment(context, taps, tuple(block.inputs[start:stop].tolist()), slot)
+            )
+            slot += stop - start
+        visits.append(Visit(piece.block, piece.first, piece.last, tuple(segments)))
+    return DecodedLoad(tuple(visits), sum(len(visit.segments) for visit in visits), slot)
 
 
 def _parameters(packed: PackedConv, pieces: Sequence[Piece]) -> bytes:
@@ -92,7 +134,7 @@ def _index_words(packed: PackedConv, pieces: Sequence[Piece]) -> tuple[bytes, by
     segments, codes = [], []
     for number, piece in enumerate(pieces):
         block = packed.blocks[piece.block]
-        bounds = segment_bounds(block, piece.start, piece.stop)
+        bounds = block.segments(piece.start, piece.stop)
         for place, (start, stop) in enumerate(bounds):
             is_last_of_piece = place == len(bounds) - 1
             segments.append(

@@ -3,20 +3,27 @@
 :func:`plan` makes a schedule that is good without tuning; a tuner chooses among others.
 """
 
+from .choices import Choice, Point, point_of
 from .loads import make_loads
-from .plan import Step, fuse_pools, plan, scheduled_steps, smallest_tile
-from .types import LayerSchedule, Load, Piece, Place, Schedule
+from .plan import Planner, Step, fuse_pools, plan, scheduled_steps, smallest_tile, tile_extents
+from .types import LayerSchedule, Load, Piece, Place, Schedule, ScheduleError
 
 __all__ = [
+    "Choice",
     "LayerSchedule",
     "Load",
     "Piece",
     "Place",
+    "Planner",
+    "Point",
     "Schedule",
+    "ScheduleError",
     "Step",
     "fuse_pools",
     "make_loads",
     "plan",
+    "point_of",
     "scheduled_steps",
     "smallest_tile",
+    "tile_extents",
 ]

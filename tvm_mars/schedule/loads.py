@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
-from mars_runtime.packing import block_parameter_bytes
 
-from ..pack import PackedBlock, PackedConv
-from .types import Load, Piece
+from ..pack import PackedConv
+from .types import Load, Piece, ScheduleError
 
-__all__ = ["make_loads", "segment_bounds"]
-
-
-def segment_bounds(block: PackedBlock, start: int, stop: int) -> list[tuple[int, int]]:
-    """Cut group-sets ``start .. stop`` of a block into segments (see :class:`isa.Segment`)."""
-    if start == stop:
-        return [(start, stop)]
-    keys = block.segment_keys()[start:stop]
-    changes = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1 + start
-    bounds = [start, *(int(change) for change in changes), stop]
-    return [
-        (at, min(at + isa.GROUP_SETS_PER_SEGMENT, end))
-        for begin, end in itertools.pairwise(bounds)
-        for at in range(begin, end, isa.GROUP_SETS_PER_SEGMENT)
-    ]
+__all__ = ["chained_loads", "make_loads"]
 
 
 class _Room:
@@ -38,13 +22,13 @@ class _Room:
     cores, so that every core has its codes at the same address, behind the longest descriptor.
     """
 
-    def __init__(self, packed: PackedConv, arch: MarsArch) -> None:
+    def __init__(self, packed: PackedConv, arch: MarsArch, most: int) -> None:
         self.packed = packed
         index_bytes = arch.index_sram_bits // 8
-        self.slots = min(arch.slots(packed.weight_bits), index_bytes // 2 // isa.CODE_BYTES)
+        self.slots = min(most, index_bytes // 2 // isa.CODE_BYTES)
         self.segments = (index_bytes - self.slots * isa.CODE_BYTES) // isa.SEGMENT_BYTES
         self.parameters = arch.parameter_sram_bits // 8
-        self.record = block_parameter_bytes(packed.multiplier is not None)
+        self.record = packed.parameter_bytes
         self.pieces: list[Piece] = []
 
     def largest(self, block: int, start: int) -> int | None:
@@ -66,7 +50,7 @@ class _Room:
         return None
 
     def _segments(self, block: int, start: int, stop: int) -> int:
-        return len(segment_bounds(self.packed.blocks[block], start, stop))
+        return len(self.packed.blocks[block].segments(start, stop))
 
     def put(self, block: int, start: int, stop: int) -> None:
         """Take the room of a piece."""
@@ -78,7 +62,11 @@ class _Room:
 
 
 def make_loads(
-    packed: PackedConv, arch: MarsArch, accesses: Sequence[int], row_groups: int = 1
+    packed: PackedConv,
+    arch: MarsArch,
+    accesses: Sequence[int],
+    row_groups: int = 1,
+    most: int | None = None,
 ) -> tuple[Load, ...]:
     """Share out kernel blocks and cut them into loads.
 
@@ -92,6 +80,8 @@ def make_loads(
         Macro accesses per group-set and pixel, for each term of the layer.
     row_groups : int
         Into how many groups the cores are divided, each of which holds all blocks.
+    most : int, optional
+        Group-sets that a load may put on a core, where the array holds more.
     """
     weight = np.asarray(accesses)
     costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
@@ -102,7 +92,7 @@ def make_loads(
         core = work.index(min(work))
         work[core] += costs[block]
         dealt[core].append(block)
-    filled = [_fill_core(packed, arch, blocks) for blocks in dealt]
+    filled = [_fill_core(packed, arch, blocks, most) for blocks in dealt]
     count = max(len(loads) for loads in filled)
     return tuple(
         Load(
@@ -112,15 +102,47 @@ def make_loads(
     )
 
 
-def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int]) -> list[_Room]:
+def chained_loads(packed: PackedConv, arch: MarsArch) -> tuple[Load, ...]:
+    """Spread a layer's one kernel block over the cores, piece after piece.
+
+    Raises
+    ------
+    ScheduleError
+        If it has more blocks: a core holds one partial sum at a time.
+    """
+    if len(packed.blocks) != 1:
+        raise ScheduleError(
+            f"a chain of one kernel block, not {len(packed.blocks)}", where=packed.name
+        )
+    total, at = packed.blocks[0].group_sets, 0
     capacity = arch.slots(packed.weight_bits)
-    rooms = [_Room(packed, arch)]
+    loads: list[Load] = []
+    while at < total or not loads:
+        rooms = [_Room(packed, arch, capacity) for _ in range(arch.cores)]
+        for place, room in enumerate(rooms):
+            share = -(-(total - at) // (arch.cores - place))
+            stop = room.largest(0, at)
+            if stop is not None and (share or (not loads and not place)):
+                stop = min(stop, at + share)
+                room.put(0, at, stop)
+                at = stop
+        if not any(room.pieces for room in rooms):
+            raise ScheduleError("no group-set fits a core's tables", where=packed.name)
+        loads.append(Load(tuple(tuple(room.pieces) for room in rooms)))
+    return tuple(loads)
+
+
+def _fill_core(
+    packed: PackedConv, arch: MarsArch, blocks: Sequence[int], most: int | None
+) -> list[_Room]:
+    capacity = min(arch.slots(packed.weight_bits), most or arch.slots(packed.weight_bits))
+    rooms = [_Room(packed, arch, capacity)]
     for block in blocks:
         total = packed.blocks[block].group_sets
         if total <= capacity:
             room = next((room for room in rooms if room.largest(block, 0) == total), None)
-            if room is None and _Room(packed, arch).largest(block, 0) == total:
-                room = _Room(packed, arch)
+            if room is None and _Room(packed, arch, capacity).largest(block, 0) == total:
+                room = _Room(packed, arch, capacity)
                 rooms.append(room)
             if room is not None:
                 room.put(block, 0, total)
@@ -129,7 +151,7 @@ def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int]) -> lis
         while start < total:
             stop = rooms[-1].largest(block, start)
             if stop is None:
-                rooms.append(_Room(packed, arch))
+                rooms.append(_Room(packed, arch, capacity))
                 continue
             rooms[-1].put(block, start, stop)
             start = stop

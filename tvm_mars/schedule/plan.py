@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Literal, NoReturn, TypeAlias
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 import attrs
 
@@ -19,7 +19,10 @@ from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cycles, offchip_cycle
 from ..graph import Add, Conv, Graph, Layer, Pool
 from ..pack import PackedConv
 from .loads import make_loads
-from .types import LayerSchedule, Load, Place, Schedule
+from .types import LayerSchedule, Load, Place, Schedule, ScheduleError
+
+if TYPE_CHECKING:
+    from .choices import Choice, Point
 
 # A staged input, by its position among the layer's inputs; "output"; "partial".
 Item: TypeAlias = int | str
@@ -212,17 +215,14 @@ class _NoRoom(Exception):
         self.index = index
 
 
-class _Planner:
+class Planner:
+    """Makes schedules of a graph: by default, or following given choices."""
+
     def __init__(self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> None:
         self.graph, self.arch, self.types = graph, arch, graph.types
         self.packed = packed
         self.left = {out.value for out in graph.outputs}
-        # For each convolution its loads by the number of row groups.
-        self.loads = {
-            layer.name: self._loads(layer, packed[layer.name])
-            for layer in graph.layers
-            if isinstance(layer, Conv)
-        }
+        self.loads: dict[str, dict[int, tuple[Load, ...]]] = {}  # by the number of row groups
 
     def _load_cycles(self, layer: str, load: Load) -> int:
         """Estimate one filling: the fixed cost, then the slower hop."""
@@ -233,18 +233,25 @@ class _Planner:
         hops = max(fill_cycles(self.arch, fill), offchip_cycles(self.arch, fetched))
         return self.arch.array_fill_cycles + hops
 
-    def _loads(self, layer: Conv, packed: PackedConv) -> dict[int, tuple[Load, ...]]:
-        accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
-        spare = self.arch.cores // len(packed.blocks)
+    def _loads(self, layer: Conv) -> dict[int, tuple[Load, ...]]:
+        spare = self.arch.cores // len(self.packed[layer.name].blocks)
         groups = {1, max(1, min(spare, self.types[layer.name].height))}
-        return {count: make_loads(packed, self.arch, accesses, count) for count in sorted(groups)}
+        return {count: self.make_loads(layer, count) for count in sorted(groups)}
+
+    def make_loads(self, layer: Conv, row_groups: int, most: int | None = None) -> tuple[Load, ...]:
+        """Give a layer's loads for so many groups of cores (see :func:`make_loads`)."""
+        accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
+        return make_loads(self.packed[layer.name], self.arch, accesses, row_groups, most)
 
     def plan(self) -> Schedule:
+        """Make the default schedule."""
+        self.loads = {
+            layer.name: self._loads(layer) for layer in self.graph.layers if isinstance(layer, Conv)
+        }
         inputs = {entry.name for entry in self.graph.inputs}
-        consumers = self.graph.consumers()
         apart: set[str] = set()
         spilled = set(inputs)
-        self._divide(apart)
+        self.divide(apart)
         while True:
             try:
                 layers = self._attempt(spilled)
@@ -256,14 +263,19 @@ class _Planner:
                 elif pool is not None:  # a window of pixels does not fit: one pixel may
                     apart.add(pool.name)
                     spilled = set(inputs)
-                    self._divide(apart)
+                    self.divide(apart)
                 else:
                     self._refuse(self.steps[full.index])
             else:
-                spills = [e.output for e in layers if e.output_staged and consumers[e.output]]
-                return Schedule(tuple(layers), tuple(spills))
+                return self.schedule(layers)
 
-    def _divide(self, apart: Container[str]) -> None:
+    def schedule(self, layers: Sequence[LayerSchedule]) -> Schedule:
+        """Put layers together."""
+        consumers = self.graph.consumers()
+        spills = [e.output for e in layers if e.output_staged and consumers[e.output]]
+        return Schedule(tuple(layers), tuple(spills))
+
+    def divide(self, apart: Container[str]) -> None:
         """Divide the graph into steps, and find where each value is used last."""
         self.steps = fuse_pools(self.graph, apart)
         self.last_use: dict[str, int] = {}
@@ -316,6 +328,125 @@ class _Planner:
             for name in [name for name in resident if self.last_use[name] <= i]:
                 del resident[name]
         return layers
+
+    def follow(
+        self, point: Point, loads_of: Callable[[Conv, Choice], tuple[Load, ...]]
+    ) -> tuple[LayerSchedule, ...]:
+        """Make the layers that a point's choices ask for, loads one after the other.
+
+        Parameters
+        ----------
+        loads_of : callable
+            The loads that a layer has by a choice.
+
+        Raises
+        ------
+        ScheduleError
+            If the machine or a layer cannot do what a choice asks for.
+        """
+        self.divide(point.unfused)
+        if len(self.steps) != len(point.steps):
+            raise ScheduleError(f"{len(point.steps)} choices for {len(self.steps)} steps")
+        resident: dict[str, Place] = {}
+        layers = []
+        for i, (step, choice) in enumerate(zip(self.steps, point.steps, strict=True)):
+            layer = step.layer
+            loads: tuple[Load, ...] = ()
+            if isinstance(layer, Conv):
+                loads = loads_of(layer, choice)
+            layers.append(self._followed(i, step, choice, loads, resident))
+            if not choice.staged:
+                resident[step.output] = layers[-1].place
+            for name in [name for name in resident if self.last_use[name] <= i]:
+                del resident[name]
+        return tuple(layers)
+
+    def _followed(
+        self,
+        index: int,
+        step: Step,
+        choice: Choice,
+        loads: tuple[Load, ...],
+        resident: Mapping[str, Place],
+    ) -> LayerSchedule:
+        def refuse(problem: str) -> NoReturn:
+            raise ScheduleError(problem, where=step.layer.name)
+
+        out = self.types[step.output]
+        (height, width), modes = choice.tile, _partial_modes(loads, choice.row_groups)
+        if not (choice.row_groups <= height <= out.height and 1 <= width <= out.width):
+            refuse(f"a tile of {height}x{width} in {choice.row_groups} groups of {out}")
+        if not 1 <= choice.block_tile <= out.blocks:
+            refuse(f"{choice.block_tile} channel blocks of {out.blocks}")
+        if choice.partial not in modes:
+            refuse(f"partial sums {choice.partial}, where {' or '.join(modes)} would do")
+        if choice.chained and (choice.row_groups, choice.partial) not in ((1, "bank"), (1, "none")):
+            refuse("a chain of cores passes its sums on in a bank, all of the tile")
+        many = len(loads) > 1
+        whole = choice.tile == (out.height, out.width)
+        if many and choice.partial == "bank" and choice.order == "loads" and not whole:
+            refuse("its bank holds the partial sums of one tile, which each load would leave")
+        used = [(place, self.types[name].words) for name, place in resident.items()]
+        banks = _Banks(self.arch.banks, self.arch.bank_words, used)
+        place = None
+        if not choice.staged:
+            places = self._resident_places(index, step, banks, resident, out)
+            place = next((one for one in places if one.bank == choice.bank), None)
+            if place is None:
+                refuse(f"bank {choice.bank} has no room for {out.words} words of output")
+            banks.take(place, out.words)
+        arranged = self._arrange(
+            step, banks, resident, place, choice.tile, choice.block_tile, choice.partial == "bank"
+        )
+        if arranged is None:
+            refuse(f"what a tile of {height}x{width} needs does not fit the banks")
+        return attrs.evolve(
+            self._layer_schedule(
+                step,
+                loads,
+                choice.tile,
+                choice.block_tile,
+                choice.partial,
+                choice.row_groups,
+                place,
+                arranged,
+                resident,
+            ),
+            order=choice.order if many else "loads",
+            fetch_chunk=choice.chunk,
+            slots=choice.slots,
+            apart=choice.apart,
+            chained=choice.chained,
+        )
+
+    def _layer_schedule(
+        self,
+        step: Step,
+        loads: tuple[Load, ...],
+        tile: tuple[int, int],
+        block_tile: int,
+        partial: Literal["none", "bank", "offchip"],
+        row_groups: int,
+        place: Place | None,
+        arranged: Mapping[Item, Place],
+        resident: Mapping[str, Place],
+    ) -> LayerSchedule:
+        return LayerSchedule(
+            step.layer.name,
+            step.output,
+            loads,
+            tile,
+            block_tile,
+            "loads",
+            self._input_places(step, resident, arranged),
+            tuple(name not in resident for name in step.layer.inputs),
+            place or arranged["output"],
+            place is None,
+            copy_out=place is not None and step.output in self.left,
+            partial=partial,
+            partial_place=arranged.get("partial"),
+            row_groups=row_groups,
+        )
 
     # -- options of a step -------------------------------------------------------------------
 
@@ -376,21 +507,16 @@ class _Planner:
                     )
                     if arranged is None:
                         continue
-                    schedule = LayerSchedule(
-                        step.layer.name,
-                        step.output,
+                    schedule = self._layer_schedule(
+                        step,
                         loads,
                         tile,
                         block_tile,
-                        "loads",
-                        self._input_places(step, resident, arranged),
-                        tuple(name not in resident for name in step.layer.inputs),
-                        place or arranged["output"],
-                        place is None,
-                        copy_out=place is not None and step.output in self.left,
-                        partial=partial,
-                        partial_place=arranged.get("partial"),
-                        row_groups=row_groups,
+                        partial,
+                        row_groups,
+                        place,
+                        arranged,
+                        resident,
                     )
                     yield from self._orders(step, schedule, resident)
                     break
@@ -416,11 +542,11 @@ class _Planner:
 
     def _tiles(self, step: Step) -> Iterator[tuple[tuple[int, int], int]]:
         out = self.types[step.output]
-        block_tiles = [out.blocks] if isinstance(step.layer, Conv) else _extents(out.blocks)
+        block_tiles = [out.blocks] if isinstance(step.layer, Conv) else tile_extents(out.blocks)
         for block_tile in block_tiles:
-            for height in _extents(out.height):
+            for height in tile_extents(out.height):
                 yield (height, out.width), block_tile
-            for width in _extents(out.width)[1:]:
+            for width in tile_extents(out.width)[1:]:
                 yield (1, width), block_tile
 
     def _arrange(
@@ -490,7 +616,7 @@ def _partial_modes(
     return ("bank", "offchip") if row_groups == 1 else ("bank",)
 
 
-def _extents(size: int) -> list[int]:
+def tile_extents(size: int) -> list[int]:
     """Give the tile extents to try: ``size`` cut into equal parts, largest first."""
     return sorted({-(-size // parts) for parts in range(1, size + 1)}, reverse=True)
 
@@ -589,4 +715,4 @@ def plan(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Sche
     CapacityError
         If even the smallest tile of a layer does not fit.
     """
-    return _Planner(graph, arch, packed).plan()
+    return Planner(graph, arch, packed).plan()

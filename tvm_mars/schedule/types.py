@@ -7,9 +7,14 @@ from typing import Literal
 
 import attrs
 
+from mars_runtime.errors import MarsError
 from mars_runtime.maps import MapType
 
-__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule", "Share"]
+__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule", "ScheduleError", "Share"]
+
+
+class ScheduleError(MarsError, ValueError):
+    """A schedule asks for what the machine, or the layer, cannot do."""
 
 
 @attrs.frozen
@@ -114,6 +119,20 @@ class LayerSchedule:
     row_groups : int
         Into how many groups the cores are divided; each holds the same group-sets and computes its
         share of a tile's rows. More than one where there are fewer kernel blocks than cores.
+    slots : "low" or "next"
+        Which macro slots a load takes: from 0 on, or those behind the load before, so that it may
+        be filled while the cores still compute with that.
+    fill_ahead : tuple of int
+        For each load (none: zero of each), how many loads' compute its filling precedes in program
+        order, counted back from its own. Arrays that are open stay open until a core computes:
+        loads filled together are opened once.
+    fetch_ahead : tuple of int
+        The same for fetching, which is never behind filling: weights then wait in the weight SRAM.
+    apart : bool
+        Whether each core has a CONV of its own, which waits for no other core's weights.
+    chained : bool
+        Whether the layer's one kernel block is spread over the cores: each continues the partial
+        sum of the one before.
     """
 
     layer: str
@@ -131,6 +150,11 @@ class LayerSchedule:
     partial_place: Place | None = None
     fetch_chunk: int = 8
     row_groups: int = 1
+    slots: Literal["low", "next"] = "low"
+    fill_ahead: tuple[int, ...] = ()
+    fetch_ahead: tuple[int, ...] = ()
+    apart: bool = False
+    chained: bool = False
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
         """Yield row, column, height and width of each tile of the output map."""

@@ -1,0 +1,258 @@
+"""Searching: reproducible, whoever measures; a database that survives; compilations that use it."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+
+from mars_runtime import PRESETS, simulate
+from mars_runtime.errors import OptionError
+from python_tests.random_graphs import random_graph
+from python_tests.small_networks import every_kind_of_layer, tiny_conv
+from tvm_mars.compiler import NamedGraph, build_region, pack
+from tvm_mars.schedule import plan
+from tvm_mars.tuner.api import tune
+from tvm_mars.tuner.database import (
+    RECORDS,
+    Database,
+    DatabaseError,
+    arch_key,
+    workload_key,
+)
+from tvm_mars.tuner.model import RankModel, features
+from tvm_mars.tuner.search import SearchOptions, search
+from tvm_mars.tuner.space import Space
+from tvm_mars.tuner.strategies import STRATEGIES, make_strategy
+
+MARS = PRESETS["mars"]
+KILLS = 6
+
+
+def small_space(overlap: str = "full") -> Space:
+    return Space.of(every_kind_of_layer(), attrs.evolve(MARS, overlap=overlap))
+
+
+def found(directory: Path) -> list[tuple[int, int, object]]:
+    return [(one.trial, one.cycles, one.point) for one in Database(directory).records]
+
+
+# -- search ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_seed_gives_the_same_trials_and_nothing_twice(strategy, tmp_path):
+    space = small_space()
+    options = SearchOptions(trials=40, batch=12, strategy=strategy, seed=3)
+    for place in ("a", "b"):
+        search(space, Database(tmp_path / place), options)
+    first = found(tmp_path / "a")
+    assert first == found(tmp_path / "b")
+    assert len(first) == 40 == len({point for _, _, point in first})
+    assert first[0][2] == space.default
+    if strategy != "grid":
+        search(space, Database(tmp_path / "c"), attrs.evolve(options, seed=4))
+        assert found(tmp_path / "c") != first
+
+
+def test_search_finds_what_is_better_than_the_default(tmp_path):
+    space = small_space()
+    best = search(space, Database(tmp_path), SearchOptions(trials=60, batch=12))
+    assert best.cycles < 0.9 * space.time(space.default).cycles
+    assert space.time(best.point).cycles == best.cycles
+
+
+@pytest.mark.parametrize("objective", ["energy", "edp"])
+def test_other_objectives(objective, tmp_path):
+    space = small_space()
+    best = search(space, Database(tmp_path), SearchOptions(trials=30, objective=objective))
+    records = Database(tmp_path).records
+    assert best.cost(objective) == min(one.cost(objective) for one in records)
+
+
+def test_one_and_two_workers_come_to_the_same(tmp_path):
+    space = small_space()
+    for workers in (1, 2):
+        options = SearchOptions(trials=40, batch=12, workers=workers)
+        search(space, Database(tmp_path / str(workers)), options)
+    assert found(tmp_path / "1") == found(tmp_path / "2")
+
+
+def test_a_small_space_is_searched_whole_and_evolution_comes_within_one_percent(tmp_path):
+    space = Space.of(tiny_conv(), MARS)
+    options = SearchOptions(trials=5000, batch=256, strategy="grid")
+    best = search(space, Database(tmp_path), options)
+    assert 20 < len(Database(tmp_path).records) < 5000
+    evolved = search(space, Database(tmp_path / "e"), SearchOptions(trials=40, batch=8))
+    assert evolved.cycles <= 1.01 * best.cycles
+
+
+def test_patience_ends_a_search(tmp_path):
+    search(small_space(), Database(tmp_path), SearchOptions(trials=500, batch=8, patience=16))
+    assert len(Database(tmp_path).records) < 500
+
+
+@pytest.mark.parametrize(
+    "changes", [{"trials": 0}, {"objective": "speed"}, {"strategy": "luck"}, {"workers": 0}]
+)
+def test_options_without_meaning_are_refused(changes):
+    with pytest.raises(OptionError, match=f"option {next(iter(changes))}"):
+        SearchOptions(**({"trials": 10} | changes))
+
+
+def test_the_model_learns_to_rank():
+    """Fitted to half of some random points, it orders the other half better than chance."""
+    space = small_space()
+    strategy = make_strategy("random", space, seed=1, trials=1)
+    timed = []
+    for point in strategy.propose(600):
+        if space.legal(point) is None:
+            timed.append((point, space.time(point).cycles))
+    assert len(timed) > 60
+    half = len(timed) // 2
+    model = RankModel(space, 0)
+    assert not model.scores([timed[0][0]]).any()
+    model.learn([p for p, _ in timed[:half]], [float(c) for _, c in timed[:half]])
+    scores = model.scores([p for p, _ in timed[half:]])
+    cycles = np.array([c for _, c in timed[half:]])
+    better = cycles[:, None] < cycles
+    assert (scores[:, None] > scores)[better].mean() > 0.65
+
+
+def test_features_have_one_width():
+    space = small_space()
+    widths = {
+        len(features(space, p)) for p in make_strategy("random", space, seed=0, trials=1).propose(9)
+    }
+    assert len(widths) == 1
+
+
+# -- database --------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_record_is_dropped_and_the_next_is_whole(tmp_path):
+    search(small_space(), Database(tmp_path), SearchOptions(trials=12))
+    whole = (tmp_path / RECORDS).read_bytes()
+    (tmp_path / RECORDS).write_bytes(whole[:-20])
+    database = Database(tmp_path)
+    assert len(database.records) == 11
+    database.add([attrs.evolve(database.records[0], trial=11)])
+    assert [one.trial for one in Database(tmp_path).records] == list(range(12))
+
+
+@pytest.mark.parametrize("text", ["{}\n", "[1]\n", "nonsense\n", '{"workload": 1}\n'])
+def test_other_damage_is_said(tmp_path, text):
+    search(small_space(), Database(tmp_path), SearchOptions(trials=4))
+    with (tmp_path / RECORDS).open("a") as file:
+        file.write(text)
+    with pytest.raises(DatabaseError, match=RECORDS):
+        Database(tmp_path)
+
+
+def test_workloads_differ_by_structure_and_zeros_not_by_weights():
+    keys = set()
+    for seed in range(40):
+        graph = random_graph(seed)
+        keys.add(workload_key(graph, pack(graph, MARS)))
+    assert len(keys) == 40
+    graph = every_kind_of_layer()
+    other = every_kind_of_layer(seed=1)
+    assert workload_key(graph, pack(graph, MARS)) == workload_key(other, pack(other, MARS))
+    assert arch_key(MARS) == arch_key(attrs.evolve(MARS, name="mine"))
+    assert arch_key(MARS) != arch_key(attrs.evolve(MARS, cores=2))
+
+
+SEARCH = """
+import sys
+from python_tests.test_tuner import small_space
+from tvm_mars.tuner.database import Database
+from tvm_mars.tuner.search import SearchOptions, search
+print("ready", flush=True)
+search(small_space(), Database(sys.argv[1]), SearchOptions(trials=60, batch=4), resume=True)
+"""
+
+
+def test_a_killed_search_goes_on_to_the_same_result(tmp_path):
+    options = SearchOptions(trials=60, batch=4)
+    start = time.monotonic()
+    best = search(small_space(), Database(tmp_path / "whole"), options)
+    takes = time.monotonic() - start
+    rng = random.Random(7)
+    kept = 0
+    for number in range(KILLS):
+        with subprocess.Popen(
+            [sys.executable, "-c", SEARCH, str(tmp_path / "killed")], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(rng.uniform(0, takes) / 2)
+            process.send_signal(signal.SIGKILL)
+        held = len(Database(tmp_path / "killed").records)
+        assert held >= kept, f"kill {number}"
+        kept = held
+    assert search(small_space(), Database(tmp_path / "killed"), options, resume=True) == best
+    assert found(tmp_path / "killed") == found(tmp_path / "whole")
+
+
+# -- compilations ----------------------------------------------------------------------------------
+
+
+def test_compilations_use_what_was_tuned_for_their_workload_and_machine(tmp_path):
+    graph, arch = every_kind_of_layer(), attrs.evolve(MARS, overlap="full")
+    database = tune(graph, work_dir=tmp_path, max_trials_global=40, arch=arch)
+    named = NamedGraph.of(graph)
+    default = build_region(named, arch)
+    best = database.best(workload_key(graph, pack(graph, arch)), arch_key(arch))
+    assert best is not None
+    with Database(tmp_path):
+        tuned = build_region(named, arch)
+        assert simulate(tuned, arch).cycles == best.cycles < simulate(default, arch).cycles
+        assert build_region(named, MARS).code == build_region(named, MARS, scheduler=plan).code
+    assert build_region(named, arch) == default
+
+
+def test_every_region_of_a_model_is_tuned(tmp_path):
+    pytest.importorskip("tvm")
+    from tvm_mars.onnx_export import to_onnx
+
+    model = to_onnx(random_graph(6, native=True, paper=True))
+    trials = []
+    database = tune(model, work_dir=tmp_path, max_trials_global=24, on_trial=trials.append)
+    assert trials and trials[-1].done == trials[-1].trials == len(database.records)
+
+
+def test_command_line(tmp_path, capsys):
+    """Tune the digits network, show it, compile with it: the program is the faster one."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("tvm")
+    from mars_runtime import Program
+    from tvm_mars.cli import main
+    from tvm_mars.onnx_export import to_onnx
+    from tvm_mars.zoo import load_digits
+
+    model, work = str(tmp_path / "net.onnx"), str(tmp_path / "tuned")
+    onnx.save(to_onnx(load_digits()), model)
+    assert main(["tune", model, "-D", work, "--trials", "16", "--set", "overlap=full"]) == 0
+    tuned = capsys.readouterr().out
+    assert main(["tune", "-D", work, "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == tuned and "16 records" in shown and "best at trial" in shown
+    cycles = {}
+    for name, options in (("default", []), ("tuned", ["--tuned", work])):
+        program = str(tmp_path / f"{name}.mars")
+        assert (
+            main(["compile", model, "--program", program, "--set", "overlap=full", *options]) == 0
+        )
+        loaded = Program.load(program)
+        cycles[name] = simulate(loaded.regions[0], loaded.arch).cycles
+    assert cycles["tuned"] < cycles["default"]
+    (best,) = {min(one.cycles for one in Database(work).records)}
+    assert cycles["tuned"] == best
+    assert main(["compile", model, "--program", program, "--tuned", str(tmp_path / "no")]) == 1
+    assert main(["tune", "-D", work]) == 2

@@ -1,0 +1,1 @@
+"""Search for schedules: the space, the cost model, the strategies, the database, the runners."""

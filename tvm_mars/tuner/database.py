@@ -1,0 +1,201 @@
+"""Records of measured schedules: two append-only JSON-lines files that survive a crash.
+
+``database_workload.json`` holds a line for each workload (a graph's structure and which of its
+group-sets are zero), ``database_tuning_record.json`` one for each trial. Lines are written whole,
+flushed and synced; a last line that a crash has torn is dropped when the database is opened.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import cattrs
+
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import MarsError
+
+from ..graph import Graph
+from ..pack import PackedConv
+from ..schedule import Point, Schedule
+from ..schedule.applied import apply_schedules
+from ..skeleton import graph_to_json
+from .space import Space
+
+__all__ = ["Database", "DatabaseError", "Record", "arch_key", "workload_key"]
+
+WORKLOADS = "database_workload.json"
+RECORDS = "database_tuning_record.json"
+
+
+class DatabaseError(MarsError, ValueError):
+    """A database's files do not hold what they should."""
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """One measured schedule.
+
+    ``run`` names the search that measured it and ``trial`` its place there; ``energy_pj`` rests on
+    the assumptions of the machine's description.
+    """
+
+    workload: str
+    arch: str
+    run: str
+    trial: int
+    cycles: int
+    energy_pj: float
+    point: Point
+
+    def cost(self, objective: str) -> float:
+        """Give what is to be small: ``cycles``, ``energy`` or ``edp``."""
+        return {
+            "cycles": float(self.cycles),
+            "energy": self.energy_pj,
+            "edp": self.cycles * self.energy_pj,
+        }[objective]
+
+
+def workload_key(graph: Graph, packed: Mapping[str, PackedConv]) -> str:
+    """Give a digest of all that a graph's time depends on: its structure, its zero group-sets."""
+    digest = hashlib.sha256(graph_to_json(graph).encode())
+    for layer in graph.layers:
+        if layer.name in packed:
+            for block in packed[layer.name].blocks:
+                for column in (block.terms, block.taps, block.inputs):
+                    digest.update(column.astype("<i4").tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def arch_key(arch: MarsArch) -> str:
+    """Give a digest of a machine; its name does not matter."""
+    fields = {name: value for name, value in arch.to_dict().items() if name != "name"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+class Database:
+    """The records of a directory.
+
+    In a ``with`` block compilations use the best schedule that it holds for their workload and
+    machine, by cycles unless ``objective`` says otherwise.
+
+    Raises
+    ------
+    DatabaseError
+        If a line other than a torn last one cannot be read.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], objective: str = "cycles") -> None:
+        self.directory = Path(directory)
+        self.objective = objective
+        self.workloads = dict(self._workloads())
+        self.records = [self._record(line) for line in _lines(self.directory / RECORDS)]
+        self._tokens: list[contextvars.Token[Any]] = []
+
+    def _workloads(self) -> Iterator[tuple[str, str]]:
+        for line in _lines(self.directory / WORKLOADS):
+            try:
+                yield line["workload"], line["name"]
+            except (KeyError, TypeError):
+                raise DatabaseError("is no workload", where=str(self.directory)) from None
+
+    def _record(self, line: Any) -> Record:
+        try:
+            record: Record = _converter().structure(line, Record)
+        except (
+            cattrs.BaseValidationError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
+            raise DatabaseError(
+                f"a record does not make sense: {error}",
+                where=str(self.directory / RECORDS),
+                hint="it is of another version, or was edited: tune into another directory",
+            ) from None
+        return record
+
+    def add_workload(self, key: str, name: str) -> None:
+        """Note a workload, once."""
+        if key in self.workloads:
+            return
+        _append(self.directory / WORKLOADS, [{"workload": key, "name": name}])
+        self.workloads[key] = name
+
+    def add(self, records: list[Record]) -> None:
+        """Append records."""
+        if records:
+            _append(self.directory / RECORDS, [_converter().unstructure(one) for one in records])
+            self.records += records
+
+    def of(self, workload: str, arch: str) -> list[Record]:
+        """Give the records of a workload on a machine, in the order of their writing."""
+        return [one for one in self.records if (one.workload, one.arch) == (workload, arch)]
+
+    def best(self, workload: str, arch: str, objective: str | None = None) -> Record | None:
+        """Give the best record, the earliest of equals; None if there is none."""
+        wanted = objective or self.objective
+        return min(self.of(workload, arch), key=lambda one: one.cost(wanted), default=None)
+
+    # -- applied to compilations -----------------------------------------------------------------
+
+    def schedule_for(
+        self, graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]
+    ) -> Schedule | None:
+        """Give the best schedule for a graph; None if nothing was recorded for it."""
+        best = self.best(workload_key(graph, packed), arch_key(arch))
+        return None if best is None else Space(graph, arch, packed, best.point).realize(best.point)
+
+    def __enter__(self) -> Database:
+        self._tokens.append(apply_schedules(self.schedule_for))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        token = self._tokens.pop()
+        token.var.reset(token)
+
+
+@functools.cache
+def _converter() -> Any:
+    return cattrs.Converter(forbid_extra_keys=True)
+
+
+def _lines(path: Path) -> list[Any]:
+    """Read a file's lines; a torn last one is cut off, so that the next is not glued to it."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise DatabaseError(
+                f"line {number} is no JSON", where=str(path), hint="tune into another directory"
+            ) from None
+    return found
+
+
+def _append(path: Path, values: list[Any]) -> None:
+    """Append lines and sync them.
+
+    All of them in one write: a crash leaves whole lines, and perhaps a torn one behind them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{json.dumps(value, sort_keys=True)}\n" for value in values)
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())

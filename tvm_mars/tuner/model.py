@@ -1,0 +1,177 @@
+"""The cost model: which of many points are worth measuring, learned from those that were.
+
+Features of a point are its decisions as numbers, one group for each step of the graph:
+
+===============  ===========================================================================
+rows, columns    of the tile, as shares of the map
+block_tile       channel blocks per pass, as a share
+staged           whether the output lives off-chip
+bank             of the output
+by_tile          whether tiles are the outer loop
+partial          0 none, 1 in a bank, 2 off-chip
+row_groups       groups of cores by rows
+most             group-sets per load, as a share of the array (1 for no limit)
+chunk            logarithm of the group-sets per FETCH
+join             whether its loads join the one before
+fill_lead        loads' compute that a filling precedes
+fetch_lead       how many more its fetching
+next             whether macro slots rotate
+apart            whether each core has a CONV of its own
+chained          whether its one kernel block is spread over the cores
+group_sets       of the layer, as a share of the chip's arrays
+pixels           of the layer, as a share of the graph's largest
+===============  ===========================================================================
+
+The model is a small gradient-boosted ensemble with XGBoost's pairwise rank objective: only the
+order of points matters to a search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mars_runtime.errors import MarsError
+
+from ..schedule import Choice, Point, Step
+from .space import Space
+
+__all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
+
+Array = npt.NDArray[Any]
+
+_PARTIAL = {"none": 0, "bank": 1, "offchip": 2}
+_PARAMETERS = {
+    "objective": "rank:pairwise",
+    "max_depth": 4,
+    "eta": 0.2,
+    "min_child_weight": 0,
+    "nthread": 1,
+    "tree_method": "exact",
+}
+_ROUNDS = 40
+
+
+class ModelError(MarsError):
+    """The cost model cannot be used."""
+
+
+class CostModel(Protocol):
+    """Orders points by what it has learned."""
+
+    def learn(self, points: Sequence[Point], costs: Sequence[float]) -> None:
+        """Learn from all points measured so far."""
+
+    def scores(self, points: Sequence[Point]) -> Array:
+        """Give a number for each point; larger is better."""
+
+
+def features(space: Space, point: Point) -> list[float]:
+    """Give a point's features; those of the same step stand at the same places."""
+    found: list[float] = []
+    steps = space.steps(point)
+    largest = max(
+        space.graph.types[s.output].height * space.graph.types[s.output].width for s in steps
+    )
+    for step, choice in zip(steps, point.steps, strict=True):
+        found += _step_features(space, step, choice, largest)
+    return found
+
+
+def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> list[float]:
+    out = space.graph.types[step.output]
+    packed = space.packed.get(step.layer.name)
+    capacity = space.arch.slots(packed.weight_bits) if packed else 1
+    return [
+        choice.tile[0] / out.height,
+        choice.tile[1] / out.width,
+        choice.block_tile / out.blocks,
+        choice.staged,
+        choice.bank,
+        choice.order == "tiles",
+        _PARTIAL[choice.partial],
+        choice.row_groups,
+        (choice.most or capacity) / capacity,
+        math.log2(choice.chunk),
+        choice.join,
+        choice.fill_lead,
+        choice.fetch_lead,
+        choice.slots == "next",
+        choice.apart,
+        choice.chained,
+        packed.group_sets / (capacity * space.arch.cores) if packed else 0.0,
+        out.height * out.width / largest,
+    ]
+
+
+class NoModel:
+    """No model: all points are alike."""
+
+    def learn(self, points: Sequence[Point], costs: Sequence[float]) -> None:
+        """Learn nothing."""
+
+    def scores(self, points: Sequence[Point]) -> Array:
+        """Give zeros."""
+        return np.zeros(len(points))
+
+
+class RankModel:
+    """XGBoost with a pairwise rank objective.
+
+    Parameters
+    ----------
+    space : Space
+        Whose points are scored.
+    seed : int
+        Of the ensemble.
+
+    Raises
+    ------
+    ModelError
+        If XGBoost is not installed.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        try:
+            import xgboost
+        except ModuleNotFoundError:
+            raise ModelError(
+                "needs XGBoost",
+                where="cost model xgb",
+                hint="pip install xgboost-cpu, or search with the cost model none",
+            ) from None
+        self.xgboost, self.space, self.seed = xgboost, space, seed
+        self.booster: Any = None
+        self.rows: dict[Point, list[float]] = {}
+
+    def learn(self, points: Sequence[Point], costs: Sequence[float]) -> None:
+        """Fit to all points: the relevance of each is the best cost over its own."""
+        best = min(costs)
+        data = self.xgboost.DMatrix(
+            np.array([self._row(point) for point in points]),
+            label=np.array([best / cost for cost in costs]),
+        )
+        data.set_group([len(points)])
+        parameters = _PARAMETERS | {"seed": self.seed}
+        self.booster = self.xgboost.train(parameters, data, _ROUNDS)
+
+    def scores(self, points: Sequence[Point]) -> Array:
+        """Give the ensemble's scores; zeros before anything was learned."""
+        if self.booster is None or not points:
+            return np.zeros(len(points))
+        rows = np.array([self._row(point) for point in points])
+        return np.asarray(self.booster.predict(self.xgboost.DMatrix(rows)), np.float64)
+
+    def _row(self, point: Point) -> list[float]:
+        if point not in self.rows:
+            self.rows[point] = features(self.space, point)
+        return self.rows[point]
+
+
+def make_model(name: str, space: Space, seed: int) -> CostModel:
+    """Give the cost model of a name: ``xgb`` or ``none``."""
+    return RankModel(space, seed) if name == "xgb" else NoModel()

@@ -1,0 +1,181 @@
+"""One search: a strategy proposes, a runner measures, the database remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+
+import attrs
+
+from mars_runtime.errors import OptionError
+
+from ..schedule import Point
+from .database import Database, Record, arch_key, workload_key
+from .runners import InProcess, Measured, Runner, WorkerPool
+from .space import Space
+from .strategies import STRATEGIES, make_strategy
+
+__all__ = ["OBJECTIVES", "SearchOptions", "search"]
+
+OBJECTIVES = ("cycles", "energy", "edp")
+_CHOICES = {
+    "objective": OBJECTIVES,
+    "strategy": STRATEGIES,
+    "cost_model": ("xgb", "none"),
+    "runner": ("local",),
+}
+
+
+@attrs.frozen(kw_only=True)
+class SearchOptions:
+    """How to search.
+
+    Parameters
+    ----------
+    trials : int
+        Schedules that are measured; those that the space refuses do not count.
+    batch : int
+        Measured between two fits of the model.
+    objective : "cycles", "energy" or "edp"
+    strategy : "evolution", "random", "grid" or "annealing"
+    cost_model : "xgb" or "none"
+        Of the evolutionary search.
+    seed : int
+    workers : int
+        Processes that measure; the result does not depend on it.
+    patience : int, optional
+        Trials without a better one after which the search ends.
+
+    Raises
+    ------
+    OptionError
+        If a value has no meaning.
+    """
+
+    trials: int
+    batch: int = 32
+    objective: str = "cycles"
+    strategy: str = "evolution"
+    cost_model: str = "xgb"
+    seed: int = 0
+    runner: str = "local"
+    workers: int = 1
+    patience: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise OptionError(
+                    f"{getattr(self, name)!r} is not one of {', '.join(known)}",
+                    where=f"option {name}",
+                )
+        for name in ("trials", "batch", "workers"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{getattr(self, name)} is not above 0", where=f"option {name}")
+
+    @property
+    def run(self) -> str:
+        """A digest of what decides the trials' order, by which a search finds its own records."""
+        names = ("objective", "strategy", "cost_model", "seed", "batch")
+        deciding: dict[str, object] = {name: getattr(self, name) for name in names}
+        if self.strategy == "annealing":
+            deciding["trials"] = self.trials
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def search(
+    space: Space,
+    database: Database,
+    options: SearchOptions,
+    *,
+    resume: bool = False,
+    name: str = "",
+    on_trial: Callable[[Record, Record], None] = lambda record, best: None,
+) -> Record:
+    """Search a space; give the best record.
+
+    A search that was cut off and is resumed proposes the same points again, takes from the
+    database what it had measured of them, and so comes to the result that it would have come to.
+
+    Parameters
+    ----------
+    resume : bool
+        Whether to take up the records of an earlier search with the same options.
+    name : str
+        What the workload is called in the database.
+    on_trial : callable
+        Called with every new record and the best so far.
+    """
+    workload, arch = workload_key(space.graph, space.packed), arch_key(space.arch)
+    database.add_workload(workload, name)
+    known: dict[Point, Record] = {}
+    if resume:
+        known = {one.point: one for one in database.of(workload, arch) if one.run == options.run}
+    strategy = make_strategy(
+        options.strategy,
+        space,
+        seed=options.seed,
+        trials=options.trials,
+        cost_model=options.cost_model,
+    )
+    runner = _runner(space, options)
+    records: list[Record] = []
+    best: Record | None = None
+    since = 0
+    try:
+        while len(records) < options.trials:
+            points = strategy.propose(min(options.batch, options.trials - len(records)))
+            if not points:
+                break
+            found = _measure(runner, points, known)
+            costs: list[float | None] = []
+            new = []
+            for point, measured in zip(points, found, strict=True):
+                if measured is None or len(records) == options.trials:
+                    costs.append(None)
+                    continue
+                record = Record(
+                    workload=workload,
+                    arch=arch,
+                    run=options.run,
+                    trial=len(records),
+                    cycles=measured.cycles,
+                    energy_pj=measured.energy_pj,
+                    point=point,
+                )
+                records.append(record)
+                if point not in known:
+                    new.append(record)
+                cost = record.cost(options.objective)
+                costs.append(cost)
+                since += 1
+                if best is None or cost < best.cost(options.objective):
+                    best, since = record, 0
+                on_trial(record, best)
+            database.add(new)
+            strategy.observe(points, costs)
+            if options.patience is not None and since >= options.patience:
+                break
+    finally:
+        runner.close()
+    assert best is not None  # the default schedule is legal
+    return best
+
+
+def _measure(
+    runner: Runner, points: list[Point], known: Mapping[Point, Record]
+) -> list[Measured | None]:
+    """Measure what is not known."""
+    fresh = [point for point in points if point not in known]
+    found = dict(zip(fresh, runner.measure(fresh), strict=True))
+    return [
+        Measured(known[point].cycles, known[point].energy_pj) if point in known else found[point]
+        for point in points
+    ]
+
+
+def _runner(space: Space, options: SearchOptions) -> Runner:
+    workers = min(options.workers, 4 * (os.cpu_count() or 1))
+    return InProcess(space) if workers == 1 else WorkerPool(space, workers)

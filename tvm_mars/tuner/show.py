@@ -1,0 +1,71 @@
+"""What a database holds, as text: convergence, and what the best schedules decide otherwise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import attrs
+from rich.console import RenderableType
+
+from ..report.layout import new_table, print_parts
+from ..schedule import Choice
+from .database import Database, Record
+
+__all__ = ["print_database"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60
+
+
+def print_database(database: Database, file: IO[str]) -> None:
+    """Print the searches of a database."""
+    print_parts(_parts(database), file)
+
+
+def _parts(database: Database) -> Iterator[RenderableType]:
+    keys = dict.fromkeys((one.workload, one.arch) for one in database.records)
+    for workload, arch in keys:
+        records = database.of(workload, arch)
+        best = database.best(workload, arch)
+        assert best is not None
+        name = database.workloads.get(workload, "")
+        yield f"workload {workload[:12]} {name} on machine {arch[:12]}, {len(records)} records"
+        for _, run in itertools.groupby(records, key=lambda one: one.run):
+            yield from _convergence(list(run), database.objective)
+        first = records[0]
+        time, energy = first.cycles / best.cycles, first.energy_pj / best.energy_pj
+        yield (
+            f"default {first.cycles:,} cycles, best {best.cycles:,}: {time:.3f}x, "
+            f"energy {energy:.3f}x [A]"
+        )
+        yield _changes(first, best)
+        yield ""
+    if not keys:
+        yield "no records"
+
+
+def _convergence(records: Sequence[Record], objective: str) -> Iterator[str]:
+    """Give the best cost so far over the trials, as a row of bars."""
+    best = list(itertools.accumulate((one.cost(objective) for one in records), min))
+    places = [min(len(best) - 1, i * len(best) // _WIDTH) for i in range(min(_WIDTH, len(best)))]
+    low, high = best[-1], best[0]
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0
+    bars = "".join(_BARS[round((best[place] - low) * scale)] for place in places)
+    found = next(number for number, cost in enumerate(best, 1) if cost == low)
+    yield f"run {records[0].run[:8]}: {bars} best at trial {found} of {len(records)}"
+
+
+def _changes(first: Record, best: Record) -> RenderableType:
+    table = new_table("what the best decides otherwise than the default", "decisions")
+    for number, (old, new) in enumerate(zip(first.point.steps, best.point.steps, strict=True)):
+        table.add_row(f"step {number}: {', '.join(_differences(old, new)) or 'nothing'}")
+    return table
+
+
+def _differences(old: Choice, new: Choice) -> Iterator[str]:
+    for field in attrs.fields(Choice):
+        was, now = getattr(old, field.name), getattr(new, field.name)
+        if was != now:
+            yield f"{field.name} {now} (was {was})"

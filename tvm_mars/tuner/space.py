@@ -1,0 +1,287 @@
+"""The space of a graph's schedules on a machine: what each choice may be, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from mars_runtime import isa
+from mars_runtime.arch import MarsArch
+from mars_runtime.errors import CapacityError
+from mars_runtime.maps import MapType
+from mars_runtime.timeline import Timeline
+
+from ..codegen import time_schedule
+from ..compiler import pack
+from ..graph import Conv, Graph
+from ..pack import PackedConv
+from ..schedule import (
+    Choice,
+    LayerSchedule,
+    Load,
+    Planner,
+    Point,
+    Schedule,
+    ScheduleError,
+    Step,
+    plan,
+    point_of,
+    tile_extents,
+)
+from ..schedule.loads import chained_loads
+
+__all__ = ["Space"]
+
+CHUNKS = (4, 8, 16, 32)
+LEADS = (0, 1, 2, 3)
+TILES = 4  # times as many tiles as the default has
+
+
+@attrs.frozen(eq=False)
+class Space:
+    """All schedules of a graph on a machine, the default one among them.
+
+    Raises
+    ------
+    CapacityError
+        If even the smallest tile of a layer does not fit the machine.
+    """
+
+    graph: Graph
+    arch: MarsArch
+    packed: Mapping[str, PackedConv]
+    default: Point
+    _loads: dict[tuple[str, int, int, bool], tuple[Load, ...]] = attrs.field(
+        factory=dict, init=False
+    )
+    _domains: dict[int, dict[str, tuple[Any, ...]]] = attrs.field(factory=dict, init=False)
+
+    @classmethod
+    def of(cls, graph: Graph, arch: MarsArch) -> Space:
+        """Make the space around a graph's default schedule."""
+        packed = pack(graph, arch)
+        return cls(graph, arch, packed, point_of(graph, plan(graph, arch, packed)))
+
+    # -- from a point to its schedule ------------------------------------------------------------
+
+    def steps(self, point: Point) -> tuple[Step, ...]:
+        """Give the steps that a point's choices are for."""
+        planner = self._planner()
+        planner.divide(point.unfused)
+        return planner.steps
+
+    def realize(self, point: Point) -> Schedule:
+        """Make a point's schedule.
+
+        Raises
+        ------
+        ScheduleError
+            If the machine or a layer cannot do what a choice asks for.
+        """
+        planner = self._planner()
+        layers = planner.follow(point, self.loads)
+        return planner.schedule(self._with_leads(layers, point.steps))
+
+    def time(self, point: Point) -> Timeline:
+        """Give the timeline of a point's schedule; raises as :meth:`realize`."""
+        try:
+            return time_schedule(self.graph, self.arch, self.packed, self.realize(point))
+        except CapacityError as error:
+            raise ScheduleError(error.problem, where=error.where, hint=error.hint) from None
+
+    def legal(self, point: Point) -> str | None:
+        """Tell why a point is refused; None if it is not."""
+        try:
+            self.time(point)
+        except ScheduleError as error:
+            return str(error)
+        return None
+
+    def loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
+        """Give the loads that a layer has by a choice, made once for all points."""
+        key = (layer.name, choice.row_groups, choice.most, choice.chained)
+        if key not in self._loads:
+            self._loads[key] = self._make_loads(layer, choice)
+        return self._loads[key]
+
+    def _make_loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
+        if choice.chained:
+            return chained_loads(self.packed[layer.name], self.arch)
+        if not 1 <= choice.row_groups <= self.arch.cores:
+            raise ScheduleError(
+                f"{choice.row_groups} groups of {self.arch.cores} cores", where=layer.name
+            )
+        return self._planner().make_loads(layer, choice.row_groups, choice.most or None)
+
+    def _planner(self) -> Planner:
+        return Planner(self.graph, self.arch, self.packed)
+
+    def _with_leads(
+        self, layers: Sequence[LayerSchedule], choices: Sequence[Choice]
+    ) -> list[LayerSchedule]:
+        """Let loads join the one before where they fit beside it, and give the others their lead.
+
+        A load that every tile repeats is on its own.
+        """
+        found = []
+        slots = index = parameters = ahead = width = 0
+        open_group = False
+        for entry, choice in zip(layers, choices, strict=True):
+            fill, fetch = [], []
+            repeated = entry.order == "tiles" and len(entry.loads) > 1
+            weight_bits = self.packed[entry.layer].weight_bits if entry.loads else 0
+            alike = weight_bits == width or not self.arch.dual_4bit_cells
+            for load in entry.loads:
+                size = self._size(entry.layer, load)
+                fits = (
+                    alike
+                    and slots + size[0] <= self.arch.slots(weight_bits)
+                    and 8 * (index + size[1]) <= self.arch.index_sram_bits
+                    and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
+                )
+                if choice.join and open_group and fits and not repeated:
+                    ahead += 1
+                else:
+                    slots = index = parameters = 0
+                    ahead = choice.fill_lead
+                slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
+                open_group, width, alike = not repeated, weight_bits, True
+                fill.append(ahead)
+                fetch.append(ahead + choice.fetch_lead)
+            found.append(
+                attrs.evolve(
+                    entry,
+                    fill_ahead=tuple(fill) if any(fill) else (),
+                    fetch_ahead=tuple(fetch) if any(fetch) else (),
+                )
+            )
+        return found
+
+    def _size(self, layer: str, load: Load) -> tuple[int, int, int]:
+        """Give what a load takes of each core: macro slots, index and parameter bytes."""
+        packed = self.packed[layer]
+        counts = [load.group_sets(core) for core in load.active]
+        segments = max(
+            sum(
+                len(packed.blocks[piece.block].segments(piece.start, piece.stop))
+                for piece in load.cores[core]
+            )
+            for core in load.active
+        )
+        pieces = max(len(load.cores[core]) for core in load.active)
+        return (
+            max(counts),
+            segments * isa.SEGMENT_BYTES + max(counts) * isa.CODE_BYTES,
+            pieces * packed.parameter_bytes,
+        )
+
+    # -- what may be chosen ----------------------------------------------------------------------
+
+    def domain(self, index: int) -> dict[str, tuple[Any, ...]]:
+        """Give for each decision of a default step the values worth trying, its own among them.
+
+        What one value needs of another (partial sums of split blocks, a tile of the banks) is not
+        told here: such points are refused by :meth:`realize`. Decisions that make no difference
+        have one value.
+        """
+        if index not in self._domains:
+            self._domains[index] = self._domain(index)
+        return self._domains[index]
+
+    def _domain(self, index: int) -> dict[str, tuple[Any, ...]]:
+        step, default = self.steps(self.default)[index], self.default.steps[index]
+        out = self.graph.types[step.output]
+        rows = [(height, out.width) for height in tile_extents(out.height)]
+        columns = [(1, width) for width in tile_extents(out.width)[1:]]
+        # Smaller tiles need less room, which the default's have, and take more drains and issues.
+        limit = TILES * _tiles(out, default.tile)
+        found: dict[str, tuple[Any, ...]] = {
+            "tile": tuple(tile for tile in (*rows, *columns) if _tiles(out, tile) <= limit),
+            "staged": (False, True),
+            "bank": tuple(range(self.arch.banks)),
+        }
+        if isinstance(step.layer, Conv):
+            found |= self._load_domain(step.layer, default, out.height)
+        else:
+            found |= {"block_tile": tuple(tile_extents(out.blocks))}
+        return {
+            name: values if getattr(default, name) in values else (getattr(default, name), *values)
+            for name, values in found.items()
+        }
+
+    def _load_domain(self, layer: Conv, default: Choice, height: int) -> dict[str, tuple[Any, ...]]:
+        packed, cores = self.packed[layer.name], self.arch.cores
+        capacity = self.arch.slots(packed.weight_bits)
+        heaviest = max(block.group_sets for block in packed.blocks)
+        busiest = max(
+            sum(
+                load.group_sets(core)
+                for load in self.loads(layer, Choice(tile=(1, 1), block_tile=1))
+            )
+            for core in range(cores)
+        )
+        shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
+        # Loads that cut no kernel block where the array does not.
+        most = {heaviest, 2 * heaviest, capacity // 2, capacity * 5 // 8, capacity * 3 // 4}
+        limits = sorted(n for n in most if heaviest <= n < min(capacity, busiest))
+        alone = sum(isinstance(one, Conv) for one in self.graph.layers) == 1
+        many = bool(limits) or busiest > capacity
+        splits = default.partial != "none"
+        chains = len(packed.blocks) == 1 and packed.group_sets > 1
+        chain: dict[str, tuple[Any, ...]] = {
+            "join": (False, True),
+            "fill_lead": LEADS,
+            "fetch_lead": LEADS,
+            "slots": ("low", "next"),
+        }
+        return (
+            ({} if alone and not many else chain)
+            | {
+                "order": ("loads", "tiles") if many else (default.order,),
+                "partial": ("bank", "offchip")
+                if splits
+                else ("none", "bank")
+                if chains
+                else ("none",),
+                "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
+                "most": (0, *limits),
+                "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
+                "apart": (False, True),
+            }
+            | ({"chained": (False, True)} if chains else {})
+        )
+
+    def drawn(self, rng: random.Random, point: Point, index: int, share: float) -> Point:
+        """Give a point with some decisions of a step drawn anew; it may be refused.
+
+        Parameters
+        ----------
+        share : float
+            Probability with which each decision is drawn.
+        """
+        domain = self.domain(index)
+        drawn = {
+            name: rng.choice(values) for name, values in domain.items() if rng.random() < share
+        }
+        return replaced(point, index, attrs.evolve(point.steps[index], **drawn))
+
+    def neighbours(self, point: Point, index: int) -> Iterator[Point]:
+        """Yield the points that differ in one decision of one step."""
+        choice = point.steps[index]
+        for name, values in self.domain(index).items():
+            for value in values:
+                if value != getattr(choice, name):
+                    yield replaced(point, index, attrs.evolve(choice, **{name: value}))
+
+
+def _tiles(out: MapType, tile: tuple[int, int]) -> int:
+    return -(-out.height // tile[0]) * -(-out.width // tile[1])
+
+
+def replaced(point: Point, index: int, choice: Choice) -> Point:
+    """Give a point with one step's choice replaced."""
+    steps = (*point.steps[:index], choice, *point.steps[index + 1 :])
+    return attrs.evolve(point, steps=steps)
