@@ -223,6 +223,7 @@ def test_residual_grids_align() -> None:
                 attrs.evolve(
                     TERM,
                     data=Codes("uint8", [2.0**-4], [0]),
+                    weight=np.full(TERM.weight.shape, 2 ** (weight_bits - 1) - 1, np.int8),
                     weight_scale=np.asarray([2.0 ** -(weight_bits - 1)]),
                     bias=np.full(8, 0.3, np.float32),
                 ),
