@@ -62,7 +62,7 @@ def train_command(
       mars train resnet20-dense --data cifar-10-binary.tar.gz
       mars train resnet20-w8a8 --data cifar-10-binary.tar.gz
       mars compile runs/resnet20-w8a8/net.onnx --program net.mars
-      torchrun --nproc-per-node 4 --no-python mars train resnet20-w8a8 ... --device cuda
+      torchrun --nproc-per-node 4 --no-python mars train resnet20-w8a8 --data ...
     """
     try:
         from ..qat import Trainer, load_data, load_recipe, recipe_names
