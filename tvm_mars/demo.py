@@ -79,7 +79,7 @@ def _digits() -> bool:
     )
 
     with _stopwatch() as seconds:
-        model = tvm_mars.compile(path, target="mars", **_fixed(images))
+        model = tvm_mars.compile(path, target="mars", **_fixed(images.shape))
         model.export_library(FOLDER / "digits.so")
     program = model.program
     if program is None:
@@ -98,7 +98,7 @@ def _digits() -> bool:
     (expected,) = evaluate(graph, {INPUT: images})
     engines: Mapping[str, Engine] = {
         "ONNX Runtime": _onnxruntime(path),
-        "TVM on the CPU": adapter().build_for_cpu(path, **_fixed(images)),
+        "TVM on the CPU": adapter().build_for_cpu(path, **_fixed(images.shape)),
         "simulated MARS": lambda batch: model.run({INPUT: batch})[OUTPUT],
     }
     lines = [f"{'engine':16}{'accuracy':>10}{'differing logits':>18}{'seconds':>9}"]
@@ -130,7 +130,6 @@ def _large(data: str | None) -> bool:
 
     import tvm_mars
     from tvm_mars.datasets import generated_images, load_dataset
-    from tvm_mars.frontend import adapter
     from tvm_mars.onnx_export import to_onnx
     from tvm_mars.report import compression, profile_program
     from tvm_mars.verification import compare, mars_engine, onnxruntime_engine
@@ -141,9 +140,8 @@ def _large(data: str | None) -> bool:
     onnx.save(to_onnx(graph), path)
     shape = graph.inputs[0].type.shape
     images = load_dataset(data)[1] if data else generated_images(LARGE_IMAGES, shape)
-    one_image = {"shape": {INPUT: (1, *shape)}} if adapter().IR == "Relay" else {}
     with _stopwatch() as seconds:
-        program = tvm_mars.compile(path, target="mars", **one_image).program
+        program = tvm_mars.compile(path, target="mars", **_fixed((1, *shape))).program
     if program is None:
         print("error: TVM offloaded nothing to MARS", file=sys.stderr)
         return False
@@ -198,11 +196,11 @@ def _onnxruntime(path: Path) -> Engine:
     return lambda batch: np.asarray(session.run([OUTPUT], {INPUT: batch})[0])
 
 
-def _fixed(images: Array) -> dict[str, Any]:
+def _fixed(shape: tuple[int, ...]) -> dict[str, Any]:
     """Give the option that says the batch, which Relay has to know."""
     from tvm_mars.frontend import adapter
 
-    return {"shape": {INPUT: images.shape}} if adapter().IR == "Relay" else {}
+    return {"shape": {INPUT: shape}} if adapter().IR == "Relay" else {}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from mars_runtime.quantize import Dequantize, Quantize
 
 from .. import graph as ir
 from ..graph import EXACT
+from ..validators import one_of
 from .arithmetic import convolve, mean_windows, pool, product_of_means
 from .fold import Freedom, group_peak, per_kernel, quantize_weight, round_bias
 from .network import Addition, FloatLayer, FloatNetwork, FloatPool, Sum, Term
@@ -53,15 +54,6 @@ CHUNK = 2**24  # elements of the largest map that are computed together
 # A variance that changed more than this is one that quantization silenced, and tells nothing.
 DRIFT = 4.0
 _TINY = 1e-12
-
-
-def _one_of(*values: object) -> Any:
-    def check(_: object, attribute: Any, value: object) -> None:
-        if value not in values:
-            where = f"option {attribute.name}"
-            raise OptionError(f"{value!r}", where=where, hint=f"one of {values}")
-
-    return check
 
 
 def _a_range(_: object, attribute: Any, value: tuple[float, float] | None) -> None:
@@ -105,15 +97,21 @@ class Options:
         Kernels that share the largest magnitude of eq. 6.
     """
 
-    weight_bits: int = attrs.field(default=8, validator=_one_of(*WIDTHS))
-    activation_bits: int = attrs.field(default=8, validator=_one_of(*WIDTHS))
-    input_bits: int = attrs.field(default=8, validator=_one_of(*WIDTHS))
-    first_weight_bits: int | None = attrs.field(default=None, validator=_one_of(None, *WIDTHS))
-    last_weight_bits: int | None = attrs.field(default=None, validator=_one_of(None, *WIDTHS))
+    weight_bits: int = attrs.field(default=8, validator=one_of(*WIDTHS, kind="option "))
+    activation_bits: int = attrs.field(default=8, validator=one_of(*WIDTHS, kind="option "))
+    input_bits: int = attrs.field(default=8, validator=one_of(*WIDTHS, kind="option "))
+    first_weight_bits: int | None = attrs.field(
+        default=None, validator=one_of(None, *WIDTHS, kind="option ")
+    )
+    last_weight_bits: int | None = attrs.field(
+        default=None, validator=one_of(None, *WIDTHS, kind="option ")
+    )
     input_range: tuple[float, float] | None = attrs.field(
         default=None, converter=_pair, validator=_a_range
     )
-    method: Method = attrs.field(default="corrected", validator=_one_of(*get_args(Method)))
+    method: Method = attrs.field(
+        default="corrected", validator=one_of(*get_args(Method), kind="option ")
+    )
     group: int = attrs.field(default=16, validator=attrs.validators.ge(1))
 
 

@@ -16,8 +16,9 @@ from torchao.quantization.transform_module import (  # type: ignore
 
 from mars_runtime.errors import UnsupportedError
 
+from ..validators import one_of
 from .network import MarsNetwork
-from .quantization import Quantization, _one_of, convert, prepare
+from .quantization import Quantization, convert, prepare
 
 __all__ = ["MarsQATConfig", "whole_model"]
 
@@ -42,7 +43,7 @@ class MarsQATConfig(Quantization, AOBaseConfig):
     """
 
     step: Literal["prepare", "convert"] = attrs.field(
-        default="prepare", validator=_one_of("prepare", "convert")
+        default="prepare", validator=one_of("prepare", "convert")
     )
 
 

@@ -23,24 +23,14 @@ from torch import Tensor, nn
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError, OptionError, UnsupportedError
 
+from ..validators import one_of
 from .functions import per_kernel
 from .layers import Sum, Term
 from .network import MarsNetwork
 
 __all__ = ["Pruner", "PruningPlan", "layer_adaptive", "prune", "ramp"]
 
-_GROUP_SET_WEIGHTS = 256
 _SMALLEST = 1e-30
-
-
-def _choice(*values: str) -> Any:
-    def check(_: object, attribute: Any, value: str) -> None:
-        if value not in values:
-            raise OptionError(
-                f"{value!r}", where=attribute.name, hint=f"one of {', '.join(map(repr, values))}"
-            )
-
-    return check
 
 
 def _share(_: object, attribute: Any, value: float) -> None:
@@ -88,12 +78,12 @@ class PruningPlan:
     sparsity: float = attrs.field(validator=_share)
     kernels: int = 16
     channels: int = 16
-    scope: str = attrs.field(default="global", validator=_choice("global", "layer"))
-    lasso: str = attrs.field(default="penalty", validator=_choice("penalty", "proximal", "none"))
+    scope: str = attrs.field(default="global", validator=one_of("global", "layer"))
+    lasso: str = attrs.field(default="penalty", validator=one_of("penalty", "proximal", "none"))
     strength: float = 1e-4
-    score: str = attrs.field(default="folded", validator=_choice("folded", "latent"))
+    score: str = attrs.field(default="folded", validator=one_of("folded", "latent"))
     adaptive: bool = False
-    cost: str = attrs.field(default="none", validator=_choice("none", "cycles"))
+    cost: str = attrs.field(default="none", validator=one_of("none", "cycles"))
     begin: float = attrs.field(default=0.1, validator=_share)
     end: float = attrs.field(default=0.6, validator=_share)
     updates: int = 100
@@ -334,5 +324,5 @@ def _cycles(layer: Sum, term: Term, input_bits: int, arch: MarsArch) -> float:
             "has no known size", where=layer.name, hint="give input_shape when preparing"
         )
     pixels = layer.shape[1] * layer.shape[2]
-    fill = _GROUP_SET_WEIGHTS * term.bits / arch.macro_write_bits
+    fill = arch.group_set_weights * term.bits / arch.macro_write_bits
     return pixels * arch.accesses(input_bits) + fill

@@ -11,6 +11,7 @@ from torch import nn
 
 from mars_runtime.errors import OptionError
 
+from ..validators import at_least_one, one_of
 from .integer import IntegerNetwork
 from .layers import Method
 from .network import MarsNetwork
@@ -23,14 +24,6 @@ METHODS = ("mars", "dorefa", "float")
 _LAYER_KEYS = ("weight_bits", "activation_bits")
 
 
-def _one_of(*values: object) -> Any:
-    def check(_: object, attribute: Any, value: object) -> None:
-        if value not in values:
-            raise OptionError(f"{value!r}", where=attribute.name, hint=f"one of {values}")
-
-    return check
-
-
 def _layer_widths(_: object, attribute: Any, layers: Mapping[str, Mapping[str, int]]) -> None:
     for pattern, entry in layers.items():
         for key, value in entry.items():
@@ -41,13 +34,8 @@ def _layer_widths(_: object, attribute: Any, layers: Mapping[str, Mapping[str, i
                 raise OptionError(f"{key} = {value!r}", where=where, hint=f"one of {WIDTHS}")
 
 
-def _positive(_: object, attribute: Any, value: int) -> None:
-    if value < 1:
-        raise OptionError(f"{value} is not positive", where=attribute.name)
-
-
-_width = _one_of(*WIDTHS)
-_optional_width = _one_of(None, *WIDTHS)
+_width = one_of(*WIDTHS)
+_optional_width = one_of(None, *WIDTHS)
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -73,14 +61,14 @@ class Quantization:
         Channels, height, width; if None, those of the first image.
     """
 
-    method: Method = attrs.field(default="mars", validator=_one_of(*METHODS))
+    method: Method = attrs.field(default="mars", validator=one_of(*METHODS))
     weight_bits: int = attrs.field(default=8, validator=_width)
     activation_bits: int = attrs.field(default=8, validator=_width)
     input_bits: int = attrs.field(default=8, validator=_width)
     first_weight_bits: int | None = attrs.field(default=None, validator=_optional_width)
     last_weight_bits: int | None = attrs.field(default=None, validator=_optional_width)
     layers: dict[str, dict[str, int]] = attrs.field(factory=dict, validator=_layer_widths)
-    group: int = attrs.field(default=16, validator=_positive)
+    group: int = attrs.field(default=16, validator=at_least_one)
     input_shape: tuple[int, ...] | None = attrs.field(
         default=None, converter=attrs.converters.optional(tuple[int, ...])
     )

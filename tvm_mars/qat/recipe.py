@@ -32,6 +32,7 @@ import attrs
 
 from mars_runtime.errors import OptionError
 
+from ..validators import at_least_one, one_of
 from .data import Augmentation
 from .pruning import PruningPlan
 from .quantization import Quantization
@@ -44,21 +45,6 @@ else:
 __all__ = ["Distillation", "Recipe", "Training", "load_recipe", "recipe_names", "recipe_of"]
 
 T = TypeVar("T")
-
-
-def _one_of(*values: str) -> Any:
-    def check(_: object, attribute: Any, value: str) -> None:
-        if value not in values:
-            raise OptionError(
-                f"{value!r}", where=attribute.name, hint=f"one of {', '.join(map(repr, values))}"
-            )
-
-    return check
-
-
-def _at_least_one(_: object, attribute: Any, value: int) -> None:
-    if value < 1:
-        raise OptionError(f"{value} is not positive", where=attribute.name)
 
 
 @attrs.frozen
@@ -92,16 +78,16 @@ class Training:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: str = attrs.field(default="cosine", validator=_one_of("cosine", "linear", "step"))
+    schedule: str = attrs.field(default="cosine", validator=one_of("cosine", "linear", "step"))
     step_epochs: int = 100
     warmup: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0
-    amp: str = attrs.field(default="none", validator=_one_of("none", "bf16"))
+    amp: str = attrs.field(default="none", validator=one_of("none", "bf16"))
     channels_last: bool = True
     gradient_clip: float = 0.0
     freeze_statistics: float = 1.0
-    evaluate_every: int = attrs.field(default=1, validator=_at_least_one)
+    evaluate_every: int = attrs.field(default=1, validator=at_least_one)
 
 
 @attrs.frozen

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 
 from ..graph import Conv, Graph
@@ -16,7 +17,7 @@ from ..pack import pack_conv
 
 __all__ = ["Compression", "LayerCompression", "compression"]
 
-INDEX_BITS = 16
+INDEX_BITS = 8 * isa.CODE_BYTES
 FLOAT_BITS = 32
 
 
