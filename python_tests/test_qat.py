@@ -282,7 +282,7 @@ def test_frozen_scales_do_not_follow_the_largest_weight():
     with torch.no_grad():
         for term in network.terms():
             largest = term.weight.abs().argmax()
-            term.weight.view(-1)[largest] *= 2
+            term.weight.view(-1)[largest] *= -2
     after = [weight for layer in network.sums() for weight in layer.codes()[0]]
     for one, other in zip(before, after, strict=True):
         assert 1 <= (one != other).sum() <= 2
@@ -539,6 +539,34 @@ def test_calibration_keeps_what_a_trained_network_computes():
     ours, theirs = network(x).flatten(), model(x).flatten()
     assert 0.8 < ours.std() / theirs.std() < 1.2
     assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("weight_scaling", ["fitted", "paper"])
+def test_weights_of_four_bits_reach_their_codes(weight_scaling, tmp_path):
+    """A convolution that adds little to a map of a large range."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*conv_norm(3, 32), nn.ReLU(), Block(32, 32, 1), nn.Conv2d(32, 8, 1))
+    nn.init.constant_(model[1].weight, 3)
+    last = [module for module in model[3].modules() if isinstance(module, nn.BatchNorm2d)][-1]
+    nn.init.constant_(last.weight, 0.05)
+    for _ in range(40):
+        model.train()(torch.rand(32, *SHAPE))
+    network = prepare(model.eval(), WIDTHS["w4a4"], SHAPE)
+    calibrate(network, torch.rand(64, *SHAPE), weight_scaling=weight_scaling)
+    weights, _ = network.sums()[2].codes()
+    (exponent,) = [int(term.exponent) for term in network.sums()[2].terms]
+    if weight_scaling == "paper":
+        assert exponent == 0 and not weights[0].any()
+    else:
+        assert exponent < -3 and (weights[0] != 0).float().mean() > 0.6
+        assert weights[0].abs().max() == 7
+    assert_every_engine_agrees(network.eval(), tmp_path)
+
+
+def test_an_unknown_weight_scaling_is_refused():
+    network = prepare(MODELS["blocks"](), Quantization(), SHAPE)
+    with pytest.raises(OptionError, match="weight_scaling.*'fitted', 'paper'"):
+        calibrate(network, images(), weight_scaling="auto")
 
 
 def test_preparing_leaves_the_model_alone():

@@ -60,7 +60,7 @@ def test_both_ways_give_the_same_codes(weight_bits: int, activation_bits: int) -
     net, images = model(), torch.rand(96, *SHAPE)
     widths = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     trained = prepare(net, Quantization(**widths), SHAPE)
-    calibrate(trained, images)
+    calibrate(trained, images, weight_scaling="paper")
     theirs = to_graph(trained.eval())
     network, _ = read_floats(import_model(torch.export.export(net, (images,))))
     calibration = {network.inputs[0].name: images.numpy()}

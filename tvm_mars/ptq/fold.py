@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from ..graph import EXACT
 
-__all__ = ["Freedom", "group_peak", "per_kernel", "quantize_weight", "round_bias"]
+__all__ = ["Freedom", "group_peak", "noise", "per_kernel", "quantize_weight", "round_bias"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
+GUARD = 2  # bits that sums, and so biases, keep below the last one of their map's codes
 SUMS = EXACT / 2  # of weights and codes; the rest is for the bias
 
 
@@ -54,32 +55,72 @@ class Freedom:
 
     Parameters
     ----------
-    lowest : int
-        The least exponent.
+    lowest, highest : int
+        Between which the exponent is.
     largest_code : int
         Of the map that the weights meet: their sums are to stay in the integers of float32.
     """
 
     lowest: int
+    highest: int
     largest_code: int
 
-    def exponent(self, scaled: Array, bits: int) -> int:
-        """Give the exponent with the least squared error of eq. 7 and 8 on scaled weights."""
+    @classmethod
+    def of(cls, input_bits: int, weight_bits: int, result_bits: int) -> Freedom:
+        """Give that of a term whose sums eq. 5 makes codes of ``result_bits``."""
+        grid = input_bits + weight_bits - 1
+        # The clamped sums, times 2**bits - 1, are to stay in the integers of float32 as well.
+        lowest = grid + result_bits - EXACT.bit_length() + 1
+        return cls(lowest, grid - result_bits - GUARD, 2**input_bits - 1)
+
+    def exponent(self, scaled: Array, bits: int, gamma: Array | None = None) -> int:
+        """Give the exponent with the least error of eq. 7 and 8 on scaled weights.
+
+        Parameters
+        ----------
+        scaled : float array ``[O, ...]``
+            ``scale * W^``.
+        gamma : float array ``[O]``, optional
+            See :func:`noise`. Without it, the error is the weights' own.
+        """
         sums = np.abs(scaled).reshape(len(scaled), -1)
         peak, total = float(sums.max()), float(sums.sum(1).max())
         if peak == 0:
-            return max(0, self.lowest)
+            return min(max(0, self.lowest), self.highest)
         half = 2 ** (bits - 1)
         fitting = math.log2(total * half * self.largest_code / SUMS)
         lowest = max(self.lowest, math.ceil(fitting))
-        whole = max(math.ceil(math.log2(peak)), lowest)
+        whole = max(min(math.ceil(math.log2(peak)), self.highest), lowest)
         ones = np.ones(len(scaled), scaled.dtype)
 
         def error(exponent: int) -> float:
-            part = scaled / 2.0**exponent
-            return float(np.square(quantize_weight(part, ones, bits) - part).sum()) * 4.0**exponent
+            unit = 2.0**exponent
+            return noise(quantize_weight(scaled, ones / unit, bits) * unit, scaled, gamma)
 
-        return min((e for e in (whole, whole - 1) if e >= lowest), key=error)
+        best, least = whole, error(whole)
+        while best > lowest and (smaller := error(best - 1)) < least:
+            best, least = best - 1, smaller
+        return best
+
+
+def noise(got: Array, wanted: Array, gamma: Array | None) -> float:
+    """Mean square, over the channels, of what the errors of their kernels add to their sums.
+
+    Parameters
+    ----------
+    got, wanted : float array ``[O, ...]``
+        Weights, and what they should be.
+    gamma : float array ``[O]`` or None
+        Of the normalization behind them, if there is one: the deviation of each channel, so that
+        the relative error of its kernel makes that share of it noise. Without one, over the mean
+        square of the input, as the weights' errors are independent.
+    """
+    wrong = np.square(got - wanted).reshape(len(wanted), -1).sum(1)
+    if gamma is None:
+        return float(wrong.mean())
+    power = np.square(wanted).reshape(len(wanted), -1).sum(1)
+    share = wrong / np.where(power > 0, power, 1.0)
+    return float((np.square(gamma) * share).mean())
 
 
 def quantize_weight(normalized: Array, scale: Array, bits: int) -> Array:

@@ -37,7 +37,6 @@ from mars_runtime.maps import RAW_BITS
 from mars_runtime.quantize import Dequantize, Quantize
 
 from .. import graph as ir
-from ..graph import EXACT
 from ..validators import one_of
 from .arithmetic import convolve, mean_windows, pool, product_of_means
 from .fold import Freedom, group_peak, per_kernel, quantize_weight, round_bias
@@ -380,10 +379,7 @@ def _freedom(network: FloatNetwork, layer: Sum, term: Term, options: Options) ->
         return None
     entry = any(term.input == given.name for given in network.inputs)
     given = options.input_bits if entry else options.activation_bits
-    grid = given + _weight_bits(network, layer, term, options) - 1
-    # The clamped sums, times 2**bits - 1, are to stay in the integers of float32 as well.
-    lowest = grid + options.activation_bits - EXACT.bit_length() + 1
-    return Freedom(lowest, 2**given - 1)
+    return Freedom.of(given, _weight_bits(network, layer, term, options), options.activation_bits)
 
 
 def _weight_bits(network: FloatNetwork, layer: Sum, term: Term, options: Options) -> int:
@@ -640,7 +636,8 @@ class _Builder:
         scale = gain * peak * np.sqrt(np.clip(before / after, 1 / DRIFT, DRIFT)) * (unit / span)
         exponent = 0
         if freedom is not None:
-            exponent = freedom.exponent(normalized * per_kernel(scale, normalized), bits)
+            gamma = None if term.norm is None else term.norm.gamma
+            exponent = freedom.exponent(normalized * per_kernel(scale, normalized), bits, gamma)
         weight = quantize_weight(normalized, scale * (half / (half - 1) / 2.0**exponent), bits)
         wanted = (bias + gain * given.mean) / span
         mean = product_of_means(weight, self.means(term), term) * 2.0**exponent

@@ -19,7 +19,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from .fold import Freedom, per_kernel, quantize_weight
+from .fold import Freedom, noise, per_kernel, quantize_weight
 
 __all__ = ["Kernels", "RangedMap", "choose_ranges", "result_range", "sample_stride"]
 
@@ -223,21 +223,18 @@ def _weight_error(
 ) -> float:
     """Squared error of a map from the rounding and clamping of its scaled weights.
 
-    The larger the range, the fewer codes the weights reach. Behind a normalization a channel's
-    variance is the square of gamma, and the relative error of its kernel makes that share of it
-    noise. Without one, the weights' errors meet the mean square of the input, as they are
-    independent. A ReLU passes half of either.
+    The larger the range, the fewer codes the weights reach. A ReLU passes half of the noise.
     """
     some = slice(None, None, max(1, kernels.normalized.size // WEIGHTS))
     normalized, before = kernels.normalized[some], ranges[kernels.input]
     scale = kernels.scale[some] * (before / span)
     half = 2 ** (kernels.bits - 1)
     wanted = normalized * per_kernel(scale, normalized)
-    unit = 2.0 ** kernels.freedom.exponent(wanted, kernels.bits) if kernels.freedom else 1.0
+    gamma, unit = None if kernels.gamma is None else kernels.gamma[some], 1.0
+    if kernels.freedom is not None:
+        unit = 2.0 ** kernels.freedom.exponent(wanted, kernels.bits, gamma)
     got = quantize_weight(normalized, scale / unit, kernels.bits) * (unit * half / (half - 1))
-    wrong = np.square(got - wanted).reshape(len(scale), -1).sum(1)
-    if kernels.gamma is None:
-        return float(wrong.mean() * (span / before) ** 2 * moments[kernels.input]) / 2
-    power = np.square(wanted).reshape(len(scale), -1).sum(1)
-    share = wrong / np.where(power > 0, power, 1.0)
-    return float((np.square(kernels.gamma[some]) * share).mean()) / 2
+    found = noise(got, wanted, gamma) / 2
+    if gamma is not None:
+        return found
+    return found * (span / before) ** 2 * moments[kernels.input]

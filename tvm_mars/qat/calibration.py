@@ -3,6 +3,9 @@
 Each map's range (see :mod:`tvm_mars.ptq.ranges`, which chooses it) goes into gamma and beta of the
 layer that gives it; the next normalization undoes it. A result that leaves unquantized is
 multiplied by its range again, a power of two.
+
+Where a map's range is large, eq. 7 as printed leaves its weights few codes, or none: of 4 bits, all
+of those behind a residual of ResNet-20. So each convolution's weights also take a power of two.
 """
 
 # torch is not there when types are checked, so its classes are Any.
@@ -12,20 +15,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..ptq.ranges import Kernels, RangedMap, choose_ranges, result_range, sample_stride
+from mars_runtime.errors import OptionError
+
+from ..ptq.fold import Freedom
+from ..ptq.ranges import Array, Kernels, RangedMap, choose_ranges, result_range, sample_stride
 from .functions import normalize_weight, per_kernel
 from .layers import Addition, Average, Drop, Entry, Layer, Maximum, Sum, Term
 from .network import MarsNetwork
 
-__all__ = ["calibrate"]
+__all__ = ["SCALINGS", "WeightScaling", "calibrate"]
+
+WeightScaling: TypeAlias = Literal["fitted", "paper"]
+SCALINGS = get_args(WeightScaling)
 
 
 @torch.no_grad()
-def calibrate(network: MarsNetwork, images: Tensor) -> None:
+def calibrate(
+    network: MarsNetwork, images: Tensor, *, weight_scaling: WeightScaling = "fitted"
+) -> None:
     """Fit the maps of a network into 0..1, and take the statistics of its normalizations.
 
     Each range is the one with the least squared error of quantization, of maps and of weights.
@@ -34,20 +46,36 @@ def calibrate(network: MarsNetwork, images: Tensor) -> None:
     ----------
     images : Tensor ``[N, C, H, W]``
         Some hundred, in 0..1.
+    weight_scaling : str
+        ``fitted``: a power of two for each convolution, by which its codes of eq. 8 are multiplied,
+        so that the weights reach their largest code whatever their map's range. ``paper``: none.
+
+    Raises
+    ------
+    OptionError
+        If there is no such scaling.
     """
     if network.method == "float":
         return
-    ranges = _ranges(network, images)
+    if weight_scaling not in SCALINGS:
+        known = ", ".join(map(repr, SCALINGS))
+        raise OptionError(f"{weight_scaling!r}", where="weight_scaling", hint=f"one of {known}")
+    fitted = weight_scaling == "fitted"
+    ranges = _ranges(network, images, fitted)
     for layer in network.sums():
         given = [ranges[name] for name in layer.inputs]
         for term, before in zip(layer.terms, given, strict=False):
             _rescale(term, before, ranges[layer.name])
         if layer.bits is None:
             layer.result_scale *= ranges[layer.name]
-    _take_statistics(network, images)
+    # The statistics are those of quantized weights, which are scaled by the statistics.
+    for _ in range(2 if fitted else 1):
+        if fitted:
+            _fit_weights(network)
+        _take_statistics(network, images)
 
 
-def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
+def _ranges(network: MarsNetwork, images: Tensor, fitted: bool) -> dict[str, float]:
     """Give each value's constant."""
     samples, squares = _real_samples(network, images)
     maps = [
@@ -55,7 +83,7 @@ def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
             layer.name,
             getattr(layer, "bits", None) or 0,
             samples[layer.name].numpy() if isinstance(layer, Sum | Addition) else None,
-            tuple(_kernels(layer)),
+            tuple(_kernels(layer, fitted)),
             _tied_inputs(layer),
             fixed=isinstance(layer, Entry),
         )
@@ -69,7 +97,7 @@ def _ranges(network: MarsNetwork, images: Tensor) -> dict[str, float]:
     return ranges
 
 
-def _kernels(layer: Layer) -> Iterator[Kernels]:
+def _kernels(layer: Layer, fitted: bool) -> Iterator[Kernels]:
     """Give what a layer's terms quantize, as if no map were divided."""
     if not isinstance(layer, Sum):
         return
@@ -77,9 +105,31 @@ def _kernels(layer: Layer) -> Iterator[Kernels]:
         if term.method != "mars":
             continue
         scale, _ = term.scale()
-        gamma = None if term.norm is None else term.affine()[0].cpu().numpy()
         normalized = term.normalized().cpu().numpy()
-        yield Kernels(source, normalized, scale.cpu().numpy(), term.bits, gamma)
+        freedom = _freedom(layer, term) if fitted else None
+        yield Kernels(source, normalized, scale.cpu().numpy(), term.bits, _gamma(term), freedom)
+
+
+def _gamma(term: Term) -> Array | None:
+    return None if term.norm is None else term.affine()[0].cpu().numpy()
+
+
+def _fit_weights(network: MarsNetwork) -> None:
+    """Let the weights of each term reach their largest code."""
+    for layer in network.sums():
+        for term in layer.terms:
+            freedom = _freedom(layer, term)
+            if freedom is not None:
+                normalized, (scale, _) = term.normalized(), term.scale()
+                scaled = (normalized * per_kernel(scale, normalized)).cpu().numpy()
+                term.exponent.fill_(freedom.exponent(scaled, term.bits, _gamma(term)))
+
+
+def _freedom(layer: Sum, term: Term) -> Freedom | None:
+    """What a term's weights may be divided by; a result's range is a power of two itself."""
+    if term.method != "mars" or layer.bits is None:
+        return None
+    return Freedom.of(term.input_bits, term.bits, layer.bits)
 
 
 def _peaks(layer: Sum, ranges: Mapping[str, float]) -> list[float]:

@@ -130,41 +130,45 @@ def _kernel_axes(weight: Tensor) -> list[int]:
     return list(range(1, weight.ndim))
 
 
-def _pass_unclamped(gradient: Tensor, normalized: Tensor, scale: Tensor) -> Tensor:
+def _pass_unclamped(gradient: Tensor, normalized: Tensor, scale: Tensor, unit: float) -> Tensor:
     """Zero the gradient where eq. 7 clamps, which few kernels come to."""
-    if not bool((scale.abs() * normalized.abs().amax(_kernel_axes(normalized)) > 1).any()):
+    if not bool((scale.abs() * normalized.abs().amax(_kernel_axes(normalized)) > unit).any()):
         return gradient
-    return gradient * ((normalized * per_kernel(scale, normalized)).abs() <= 1)
+    return gradient * ((normalized * per_kernel(scale, normalized)).abs() <= unit)
 
 
 class _WeightCodes(torch.autograd.Function):
     """Eq. 7 and 8; the rounding's gradient is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, normalized: Tensor, scale: Tensor, bits: int, unit: float) -> Tensor:
         ctx.save_for_backward(normalized, scale)
+        ctx.unit = unit
         half = 2 ** (bits - 1)
-        scaled = normalized * per_kernel(scale, normalized)
-        return scaled.clamp_(-1, 1).mul_(half - 1).round_().div_(half)
+        scaled = normalized * per_kernel(scale / unit, normalized)
+        return scaled.clamp_(-1, 1).mul_(half - 1).round_().mul_(unit / half)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normalized, scale = ctx.saved_tensors
-        gradient = _pass_unclamped(gradient, normalized, scale)
+        gradient = _pass_unclamped(gradient, normalized, scale, ctx.unit)
         to_scale = (gradient * normalized).sum(_kernel_axes(normalized))
-        return gradient * per_kernel(scale, gradient), to_scale, None
+        return gradient * per_kernel(scale, gradient), to_scale, None, None
 
 
-def quantize_weight(normalized: Tensor, scale: Tensor, bits: int) -> Tensor:
+def quantize_weight(normalized: Tensor, scale: Tensor, bits: int, unit: float = 1.0) -> Tensor:
     """Eq. 7 and 8: ``round(clamp(scale * W^, -1, 1) * (2**(bits-1) - 1)) / 2**(bits-1)``.
 
     Parameters
     ----------
     scale : Tensor ``[O]``
         ``gamma / sqrt(var + eps)``.
+    unit : float
+        A power of two by which the scaled weights are divided before, and multiplied after: they
+        are clamped to ``-unit..unit``.
     """
-    return _WeightCodes.apply(normalized, scale, bits)
+    return _WeightCodes.apply(normalized, scale, bits, unit)
 
 
 def round_bias(bias: Tensor, steps: float) -> Tensor:
@@ -217,8 +221,8 @@ class FoldedConv(torch.autograd.Function):
     """``conv(x, quantized) + bias`` with the gradient of a batch normalization of ``y``.
 
     Arguments: the input; ``W^``; gamma; the bias; then, without gradients of their own, ``y`` =
-    conv(x, W^), its mean and inverse deviation, the quantized ``W-``, the geometry, and whether the
-    statistics are those of all ranks.
+    conv(x, W^), its mean and inverse deviation, the quantized ``W-``, its unit, the geometry, and
+    whether the statistics are those of all ranks.
     """
 
     @staticmethod
@@ -232,11 +236,12 @@ class FoldedConv(torch.autograd.Function):
         mean: Tensor,
         inverse: Tensor,
         quantized: Tensor,
+        unit: float,
         how: Geometry | None,
         synchronized: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, normalized, gamma, y, mean, inverse, quantized)
-        ctx.how, ctx.synchronized = how, synchronized
+        ctx.unit, ctx.how, ctx.synchronized = unit, how, synchronized
         return convolve(x, quantized, None if bias is None else bias.to(x.dtype), how)
 
     @staticmethod
@@ -246,10 +251,10 @@ class FoldedConv(torch.autograd.Function):
         centred, to_gamma, to_bias = _norm_backward(gradient, y, mean, inverse, ctx.synchronized)
         to_x, to_weight = _convolve_backward(centred.to(x.dtype), x, quantized, ctx)
         scale = gamma * inverse
-        to_weight = _pass_unclamped(to_weight.to(normalized.dtype), normalized, scale)
+        to_weight = _pass_unclamped(to_weight.to(normalized.dtype), normalized, scale, ctx.unit)
         to_weight = to_weight * per_kernel(scale, normalized)
         bias = to_bias if ctx.needs_input_grad[3] else None
-        return (to_x, to_weight, to_gamma, bias, *[None] * 6)
+        return (to_x, to_weight, to_gamma, bias, *[None] * 7)
 
 
 def _convolve_backward(

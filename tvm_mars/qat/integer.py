@@ -120,7 +120,7 @@ class _Lowering:
         for term, source, weight in zip(layer.terms, layer.inputs, weights, strict=False):
             read = self.names[source]
             kind, codes = self.types[read], weight.numpy()
-            shift = layer.grid - (kind.bits + term.bits - 1)
+            shift = layer.grid - term.grid
             if term.geometry is None:
                 codes = codes.reshape(len(codes), *kind.shape)
                 terms.append(ir.ConvTerm(read, codes, term.bits, shift=shift))

@@ -68,8 +68,18 @@ class Term(nn.Module):
     geometry : Geometry or None
         None for a dense layer.
     norm : batch normalization or None
+    bits, input_bits : int
+        Of the weights, and of the codes that they meet.
+    group : int
+        Kernels that share the largest magnitude of eq. 6.
     taps : int
         Pixels of the map that a dense layer takes flat.
+
+    Attributes
+    ----------
+    exponent : Tensor
+        An integer: the weights are codes of eq. 8 times ``2**exponent``. The sums then lie on
+        another power of two, which the shift of the requantization takes up.
 
     Notes
     -----
@@ -84,6 +94,7 @@ class Term(nn.Module):
     mask: Tensor
     spans: Tensor
     kept_peak: Tensor
+    exponent: Tensor
 
     def __init__(
         self,
@@ -96,11 +107,13 @@ class Term(nn.Module):
         method: Method,
         bits: int,
         group: int,
+        input_bits: int,
         taps: int = 1,
     ) -> None:
         super().__init__()
         self.name, self.geometry, self.taps = name, geometry, taps
         self.method, self.bits, self.group = method, bits, group
+        self.input_bits = input_bits
         self.block = (BLOCK, BLOCK)
         weight, channels = weight.detach(), len(weight)
         self.norm, self.gamma = copy.deepcopy(norm), None
@@ -122,6 +135,7 @@ class Term(nn.Module):
         self.register_buffer("spans", weight.new_ones(2))
         # What stands for the largest magnitude of eq. 6 while no batch's statistics cancel it.
         self.register_buffer("kept_peak", peak if self.gamma is not None else peak * 0)
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.int32))
         self.frozen = False
 
     def extra_repr(self) -> str:
@@ -219,7 +233,21 @@ class Term(nn.Module):
     def fold(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized weights and the unrounded bias, by the moving averages."""
         scale, bias = self.scale()
-        return quantize_weight(normalized, scale, self.bits), bias
+        return self.quantized(normalized, scale), bias
+
+    def quantized(self, normalized: Tensor, scale: Tensor) -> Tensor:
+        """``W-`` of eq. 8."""
+        return quantize_weight(normalized, scale, self.bits, self.unit)
+
+    @property
+    def unit(self) -> float:
+        """What the codes of eq. 8 are multiplied by."""
+        return float(2.0 ** int(self.exponent))
+
+    @property
+    def grid(self) -> int:
+        """The sums are multiples of ``2**-grid``."""
+        return self.input_bits + self.bits - 1 - int(self.exponent)
 
     def normalizes(self) -> bool:
         """Whether the batch's own statistics are taken."""
@@ -270,8 +298,8 @@ class Sum(Layer):
         One for each input; a residual is the last input.
     bits : int or None
         Width of the resulting codes; None where the accumulators themselves leave.
-    grid : int
-        The accumulators lie on multiples of ``2**-grid``.
+    residual_grid : int
+        A residual lies on multiples of ``2**-residual_grid``.
 
     Attributes
     ----------
@@ -289,12 +317,18 @@ class Sum(Layer):
         *,
         method: Method,
         bits: int | None,
-        grid: int,
+        residual_grid: int = 0,
     ) -> None:
         super().__init__(name, inputs)
         self.terms = nn.ModuleList(terms)
-        self.method, self.bits, self.grid = method, bits, grid
+        self.method, self.bits, self._residual_grid = method, bits, residual_grid
         self.register_buffer("result_scale", torch.ones(()))
+
+    @property
+    def grid(self) -> int:
+        """The accumulators lie on multiples of ``2**-grid``."""
+        finest: int = max(term.grid for term in self.terms)
+        return max(finest, self._residual_grid)
 
     @property
     def residual(self) -> str | None:
@@ -334,7 +368,7 @@ class Sum(Layer):
         folded = [term.fold(term.normalized()) for term in self.terms]
         bias = round_bias(sum_of([bias for _, bias in folded]), 2.0**self.grid)
         weights = [
-            (weight * 2 ** (term.bits - 1)).to(torch.int8)
+            (weight * (2 ** (term.bits - 1) / term.unit)).to(torch.int8)
             for term, (weight, _) in zip(self.terms, folded, strict=True)
         ]
         return weights, (bias.double() * 2.0**self.grid).to(torch.int32)
@@ -375,7 +409,7 @@ class _Normalized:
             self.inverse = torch.rsqrt(variance + term.norm.eps)
         self.gamma, beta = term.affine()
         scale = self.gamma.detach() * self.inverse
-        self.weight = quantize_weight(self.normalized.detach(), scale, term.bits).to(kind)
+        self.weight = term.quantized(self.normalized.detach(), scale).to(kind)
         self.bias = beta - scale * self.mean
 
     def convolution(self, bias: Tensor | None) -> Tensor:
@@ -389,6 +423,7 @@ class _Normalized:
                 self.mean,
                 self.inverse,
                 self.weight,
+                self.term.unit,
                 self.term.geometry,
                 self.together,
             )

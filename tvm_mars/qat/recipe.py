@@ -33,6 +33,7 @@ import attrs
 from mars_runtime.errors import OptionError
 
 from ..validators import at_least_one, one_of
+from .calibration import SCALINGS, WeightScaling
 from .data import Augmentation
 from .pruning import PruningPlan
 from .quantization import Quantization
@@ -127,6 +128,8 @@ class Recipe:
         None: the plain network, in float32.
     calibration : int
         Training images on which ranges and statistics are set before the first step; 0: none.
+    weight_scaling : str
+        ``fitted`` or ``paper``: see :func:`tvm_mars.qat.calibrate`.
     """
 
     name: str
@@ -134,6 +137,7 @@ class Recipe:
     init: str = ""
     seed: int = 0
     calibration: int = 1024
+    weight_scaling: WeightScaling = attrs.field(default="fitted", validator=one_of(*SCALINGS))
     training: Training = attrs.field(factory=Training)
     augmentation: Augmentation = attrs.field(factory=Augmentation)
     quantization: Quantization | None = None

@@ -200,13 +200,13 @@ class _Builder:
         name = value.terms[0].name
         widths = [self.bits(term.name, first, last) for term in value.terms]
         terms = [self.term(t, w.weight) for t, w in zip(value.terms, widths, strict=True)]
-        grids = [t.source.bits + w.weight - 1 for t, w in zip(value.terms, widths, strict=True)]
         sources = [term.source.name for term in value.terms]
+        grid = 0
         if value.residual is not None:
             sources.append(value.residual.name)
-            grids.append(value.residual.bits)
+            grid = value.residual.bits
         bits = None if last else widths[0].activation
-        layer = Sum(name, sources, terms, method=self.method, bits=bits, grid=max(grids))
+        layer = Sum(name, sources, terms, method=self.method, bits=bits, residual_grid=grid)
         result = self.add(layer, bits or 0, self.sum_shape(value.terms[0]))
         for step in value.after:
             result = step(result)
@@ -228,6 +228,7 @@ class _Builder:
             method=self.method,
             bits=weight_bits,
             group=self.group,
+            input_bits=given.source.bits,
             taps=shape[1] * shape[2] if geometry is None and shape and len(shape) == 3 else 1,
         )
 

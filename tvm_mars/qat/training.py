@@ -193,7 +193,8 @@ class Trainer:
             model = build_network(recipe, self.images.classes, self.images.shape)
         if isinstance(model, MarsNetwork) and recipe.calibration:
             chosen = torch.arange(min(recipe.calibration, len(self.images)))
-            calibrate(model, batch_of(self.images, chosen)[0].cpu())
+            pixels = batch_of(self.images, chosen)[0].cpu()
+            calibrate(model, pixels, weight_scaling=recipe.weight_scaling)
         if self.ranks.count > 1:
             synchronize_norms(model)
         if recipe.training.channels_last:
