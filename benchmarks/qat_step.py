@@ -4,7 +4,7 @@ Steps of all variants are taken in turn in one process, each by a network and an
 own; what is measured is CPU time, which other load on the machine disturbs least. The figures are
 medians over the rounds, of the step and of its ratio to the float32 step of the same round.
 
-    python benchmarks/qat_step.py [--model resnet20] [--batch 128] [--rounds 9] [--threads N]
+    python benchmarks/qat_step.py [--model resnet20] [--batch N] [--rounds 9] [--threads N]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional
 from tvm_mars.qat import Pruner, PruningPlan, Quantization, calibrate, prepare
 from tvm_mars.qat.functions import convolve
 from tvm_mars.qat.models import build_model
+from tvm_mars.qat.recipe import Training
 
 CLASSES, SHAPE = 10, (3, 32, 32)
 ASKED = 1.5
@@ -33,7 +34,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="resnet20 and vgg16 if none is given")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=Training().batch, help="the recipes' 128")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     arguments = parser.parse_args()

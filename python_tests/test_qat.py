@@ -565,7 +565,7 @@ def test_weights_of_four_bits_reach_their_codes(weight_scaling, tmp_path):
 
 def test_an_unknown_weight_scaling_is_refused():
     network = prepare(MODELS["blocks"](), Quantization(), SHAPE)
-    with pytest.raises(OptionError, match="weight_scaling.*'fitted', 'paper'"):
+    with pytest.raises(OptionError, match=r"weight_scaling.*'fitted', 'paper'"):
         calibrate(network, images(), weight_scaling="auto")
 
 
