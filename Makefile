@@ -45,7 +45,8 @@ $(TRAIN): $(READY)
 
 test-train: $(TRAIN)  ## Run the tests of training, with PyTorch installed beside
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
-	  python_tests/test_port_brevitas.py python_tests/test_relax_torch.py python_tests/test_readme.py
+	  python_tests/test_port_brevitas.py python_tests/test_relax_torch.py python_tests/test_readme.py \
+	  python_tests/test_tutorials.py
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
@@ -73,7 +74,7 @@ has-python310:
 test-relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
 	$(RELAY_BIN)/python -m pytest -n auto --dist worksteal python_tests/test_relay*.py \
 	  python_tests/test_frontends.py python_tests/test_quantization.py \
-	  python_tests/test_rescale.py python_tests/test_tvmc.py
+	  python_tests/test_rescale.py python_tests/test_tvmc.py python_tests/test_tutorials.py
 
 clean:  ## Remove the virtual environments and caches
 	rm -rf $(VENV) $(RELAY_VENV) .pytest_cache .mypy_cache .ruff_cache
