@@ -12,7 +12,7 @@ RELAY_READY := $(RELAY_VENV)/.ready
 PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
-.PHONY: help demo test test-train lint docs bench bench-train relay test-relay has-python310 clean
+.PHONY: help demo test test-train lint docs site bench bench-train relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -55,6 +55,10 @@ lint: $(READY)  ## Check style and types
 
 docs: $(READY)  ## Generate the pages of docs/ that follow from the code
 	$(BIN)/python -m tvm_mars.docs
+
+site: $(TRAIN)  ## Build the site of docs/, the docstrings and the tutorials: build/site/index.html
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
 
 bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning
 	$(BIN)/python benchmarks/vgg16.py

@@ -1,0 +1,44 @@
+"""The site: `make site` builds it from these pages, the docstrings and the tutorials."""
+
+import importlib.metadata
+
+project = "tvm-mars"
+author = "The tvm-mars authors"
+copyright = "2026, the tvm-mars authors"  # noqa: A001 - Sphinx's name
+release = importlib.metadata.version("tvm-mars")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
+html_theme = "furo"
+html_title = f"tvm-mars {release}"
+html_static_path: list[str] = []
+exclude_patterns = ["_build", "tutorials/*.ipynb"]
+nitpicky = False
+
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "separated"
+
+# The tests execute the tutorials; some need PyTorch, one another TVM.
+sphinx_gallery_conf = {
+    "examples_dirs": "../tutorials",
+    "gallery_dirs": "tutorials",
+    "filename_pattern": r"^$",
+    "ignore_pattern": r"__init__",
+    "within_subsection_order": "FileNameSortKey",
+    "plot_gallery": False,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "write_computation_times": False,
+}
