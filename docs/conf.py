@@ -4,7 +4,7 @@ import importlib.metadata
 
 project = "tvm-mars"
 author = "The tvm-mars authors"
-copyright = "2026, the tvm-mars authors"  # noqa: A001 - Sphinx's name
+copyright = "2026, the tvm-mars authors"
 release = importlib.metadata.version("tvm-mars")
 
 extensions = [
