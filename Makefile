@@ -78,7 +78,8 @@ has-python310:
 test-relay: $(RELAY_READY)  ## Run the tests that concern Relay (needs CPython 3.10)
 	$(RELAY_BIN)/python -m pytest -n auto --dist worksteal python_tests/test_relay*.py \
 	  python_tests/test_frontends.py python_tests/test_quantization.py \
-	  python_tests/test_rescale.py python_tests/test_tvmc.py python_tests/test_tutorials.py
+	  python_tests/test_rescale.py python_tests/test_tuner.py python_tests/test_tvmc.py \
+	  python_tests/test_tutorials.py
 
 clean:  ## Remove the virtual environments and caches
 	rm -rf $(VENV) $(RELAY_VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,13 +13,17 @@ import numpy as np
 import onnx
 import pytest
 
+from mars_runtime import load_arch, simulate
 from python_tests.onnx_models import imported_model
 from python_tests.random_graphs import random_graph
+from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.frontend.lower import lower
 from tvm_mars.graph import Graph
 from tvm_mars.networks import mobilenet_v1, mobilenet_v2, resnet18, vgg16
 from tvm_mars.onnx_export import to_onnx
 from tvm_mars.options import CompileOptions
+from tvm_mars.tuner.api import tune
+from tvm_mars.tuner.database import FILES, Database
 from tvm_mars.zoo import load_digits
 
 pytest.importorskip("tvm")
@@ -92,6 +97,26 @@ def test_programs(name: str, golden: Callable[..., None]) -> None:
     assert report.offloaded and not report.rejected and not report.host_operators, str(report)
     found = hashlib.sha256(program.to_bytes()).hexdigest()
     golden("frontend_programs.json", f"{digest(graph)[:16]} {found}", entry=name)
+
+
+def test_records_serve_every_ir(tmp_path: Path) -> None:
+    """A model's records are, byte for byte, those of its graph, and serve its compilation.
+
+    That holds through either IR, so that each takes the other's.
+    """
+    graph, arch = load_digits(), load_arch("mars", {"overlap": "full"})
+    shape = {"x0": (1, 1, 16, 16)}
+    files = []
+    for source, place in ((graph, tmp_path / "graph"), (to_onnx(graph), tmp_path / "model")):
+        tune(source, shape=shape, work_dir=place, max_trials_global=16, arch=arch)
+        files.append([(place / name).read_bytes() for name in FILES])
+    assert files[0] == files[1] and files[0][1].count(b"\n") == 16
+    default = build([NamedGraph.of(graph)], arch)
+    with Database(tmp_path / "graph"):
+        expected = build([NamedGraph.of(graph)], arch)
+        program = tvm_mars.compile(to_onnx(graph), shape=shape, arch=arch).program
+    assert program is not None and program.to_bytes() == expected.to_bytes()
+    assert simulate(program.regions[0], arch).cycles < simulate(default.regions[0], arch).cycles
 
 
 def test_the_digest_sees_a_weight() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from mars_runtime import simulate
 from mars_runtime.errors import InputError, OptionError, ProgramError, UnsupportedError
 from python_tests.onnx_models import ModelWriter, float_model, imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
@@ -34,7 +36,11 @@ from tvm.contrib import graph_executor  # noqa: E402
 import tvm_mars  # noqa: E402
 from tvm_mars.frontend.lower import lower  # noqa: E402
 from tvm_mars.frontend.relay import build_for_cpu, load_library, read_region  # noqa: E402
-from tvm_mars.frontend.relay.codegen import host_target  # noqa: E402
+from tvm_mars.frontend.relay.codegen import (  # noqa: E402
+    collect_programs,
+    host_target,
+    whole_program,
+)
 from tvm_mars.frontend.relay.importer import import_model  # noqa: E402
 from tvm_mars.frontend.relay.regions import regions  # noqa: E402
 
@@ -122,8 +128,8 @@ def test_relay_itself_rounds_halves_away_from_zero() -> None:
 # -- what is offloaded -----------------------------------------------------------------------------
 
 
-def split_model() -> onnx.ModelProto:
-    """Two quantized convolutions with a sigmoid between them."""
+def split_model(depth: int = 1) -> onnx.ModelProto:
+    """Quantized convolutions, a sigmoid, and as many convolutions again."""
     rng = np.random.default_rng(0)
     writer = ModelWriter(rng)
 
@@ -132,9 +138,12 @@ def split_model() -> onnx.ModelProto:
         x = writer.node("Conv", x, weight, pads=[1] * 4)
         return writer.requantize(x, -2, 2)
 
-    x = conv(writer.requantize("image", -1, 1))
-    x = writer.node("Sigmoid", x)
-    conv(writer.requantize(x, 0, 1))
+    x = writer.requantize("image", -1, 1)
+    for _ in range(depth):
+        x = conv(x)
+    x = writer.requantize(writer.node("Sigmoid", x), 0, 1)
+    for _ in range(depth):
+        x = conv(x)
     writer.name_last("result")
     return writer.model({"image": [1, 8, 8, 8]}, {"result": [1, 8, 8, 8]})
 
@@ -274,6 +283,44 @@ def split() -> tuple[Any, dict[str, Any], Any]:
     assert tvm_mars.offload_report(mod).host_operators == ("sigmoid",) and len(regions(mod)) == 2
     (expected,) = run(relay.build(mod, target=tvm.target.Target("mars")), inputs)
     return mod, inputs, expected
+
+
+def test_every_executor_has_the_tuned_schedules(tmp_path: Path) -> None:
+    """Both regions are tuned, from the module as it is partitioned; the codes stay the same."""
+    from tvm.relay.backend import Executor
+
+    model = split_model(depth=2)
+    mod = tvm_mars.partition_for_mars(import_model(model))
+    target, aot = tvm.target.Target("mars"), Executor("aot", {"interface-api": "packed"})
+    database = tvm_mars.tune(mod, work_dir=tmp_path, max_trials_global=24, cost_model="none")
+    builds: dict[str, Callable[[], Any]] = {
+        "graph": lambda: relay.build(mod, target=target),
+        "aot": lambda: relay.build(mod, target=target, executor=aot),
+        "vm": lambda: relay.vm.compile(mod, target=target),
+    }
+    inputs = model_inputs(model, SEED, images=1)
+    (expected,) = run(builds["graph"](), inputs)
+    default = cycles_of(builds["graph"])
+    assert len(default) == 2
+    with database:
+        tuned = {name: cycles_of(built) for name, built in builds.items()}
+        library = builds["graph"]()
+        program = tvm_mars.compile(model).program
+    assert program is not None
+    tuned["one call"] = [simulate(region, program.arch).cycles for region in program.regions]
+    assert all(found == tuned["graph"] for found in tuned.values())
+    assert all(new < old for new, old in zip(tuned["graph"], default, strict=True))
+    assert set(tuned["graph"]) <= {record.cycles for record in database.records}
+    np.testing.assert_array_equal(run(library, inputs)[0], expected)
+
+
+def cycles_of(built: Callable[[], Any]) -> list[int]:
+    """Give the cycles of the regions that something compiles."""
+    with collect_programs() as programs:
+        built()
+    program = whole_program(programs)
+    assert program is not None
+    return [simulate(region, program.arch).cycles for region in program.regions]
 
 
 def test_the_virtual_machine(split: tuple[Any, dict[str, Any], Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from python_tests.random_graphs import random_graph
 from python_tests.small_networks import every_kind_of_layer, tiny_conv
 from tvm_mars.compiler import NamedGraph, build_region, pack
 from tvm_mars.schedule import plan
+from tvm_mars.tuner import api, boosting
 from tvm_mars.tuner.api import tune
+from tvm_mars.tuner.boosting import ModelError
 from tvm_mars.tuner.database import (
     RECORDS,
     Database,
@@ -94,6 +97,32 @@ def test_a_small_space_is_searched_whole_and_evolution_comes_within_one_percent(
     assert evolved.cycles <= 1.01 * best.cycles
 
 
+def test_a_search_begins_with_the_best_of_earlier_records(tmp_path):
+    """On another machine, whose refusals it has to learn of; nothing is measured twice."""
+    graph, arch = every_kind_of_layer(), attrs.evolve(MARS, overlap="full")
+    earlier = tune(graph, work_dir=tmp_path / "earlier", max_trials_global=60, arch=arch, seed=3)
+    space = small_space()
+    key = workload_key(graph, pack(graph, arch))
+    (best, *_) = points = earlier.best_points(key, 8)
+    assert len(set(points)) == 8
+    assert earlier.best(key, arch_key(arch)).point == best
+    few = {}
+    for name, others in (("alone", None), ("after", earlier)):
+        few[name] = tune(
+            graph, work_dir=tmp_path / name, max_trials_global=24, arch=arch, earlier=others
+        )
+        trials = found(tmp_path / name)
+        assert trials[0][2] == space.default
+        assert len({point for _, _, point in trials}) == len(trials) == 24
+    assert few["after"].best(key, arch_key(arch)).cycles <= earlier.best(key, arch_key(arch)).cycles
+    assert few["after"].records[0].run != few["alone"].records[0].run
+    smaller = attrs.evolve(arch, cores=2)
+    tune(graph, work_dir=tmp_path / "other", max_trials_global=24, arch=smaller, earlier=earlier)
+    measured = {point for _, _, point in found(tmp_path / "other")}
+    assert measured & set(points)
+    assert earlier.best_points("unknown", 8) == ()
+
+
 def test_patience_ends_a_search(tmp_path):
     search(small_space(), Database(tmp_path), SearchOptions(trials=500, batch=8, patience=16))
     assert len(Database(tmp_path).records) < 500
@@ -124,6 +153,47 @@ def test_the_model_learns_to_rank():
     cycles = np.array([c for _, c in timed[half:]])
     better = cycles[:, None] < cycles
     assert (scores[:, None] > scores)[better].mean() > 0.65
+
+
+def test_another_process_computes_the_same_ensemble():
+    """Beside a TVM with Relay it is such a process that computes."""
+    if "tvm.relay" in sys.modules:
+        pytest.skip("XGBoost may crash this process")
+    rng = np.random.default_rng(0)
+    rows, relevance = rng.random((50, 7)), rng.random(50)
+    here = boosting.predict(boosting.fit(rows, relevance, 3), rows[::-1])
+    process = boosting.Elsewhere()
+    ensemble = process.call(boosting._fit, rows=rows, relevance=relevance, seed=np.array(3))
+    there = process.call(boosting._predict, ensemble=ensemble, rows=rows[::-1])
+    process.close()
+    assert here.std() > 0.1
+    np.testing.assert_array_equal(here, there)
+
+
+def test_a_lost_process_is_said_and_another_is_started(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvm.relay", None)
+    monkeypatch.setattr(boosting, "_elsewhere", [])
+    rows, relevance = np.eye(4), np.arange(4.0)
+    ensemble = boosting.fit(rows, relevance, 0)
+    (process,) = boosting._elsewhere
+    process.process.kill()
+    process.process.wait()
+    with pytest.raises(ModelError, match="its process ended with code -9"):
+        boosting.predict(ensemble, rows)
+    assert len(boosting.predict(ensemble, rows)) == 4
+    boosting._elsewhere[0].close()
+
+
+def test_without_xgboost_the_remedy_is_said_and_none_works(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", without_xgboost)
+    with pytest.raises(ModelError, match="pip install xgboost-cpu, or search with the cost model"):
+        search(small_space(), Database(tmp_path), SearchOptions(trials=12))
+    options = SearchOptions(trials=12, cost_model="none")
+    assert search(small_space(), Database(tmp_path), options).cycles > 0
+
+
+def without_xgboost(name, package=None, original=importlib.util.find_spec):
+    return None if name == "xgboost" else original(name, package)
 
 
 def test_features_have_one_width():
@@ -221,13 +291,25 @@ def test_every_region_of_a_model_is_tuned(tmp_path):
     pytest.importorskip("tvm")
     from tvm_mars.onnx_export import to_onnx
 
-    model = to_onnx(random_graph(6, native=True, paper=True))
+    graph = random_graph(6, native=True, paper=True)
+    shape = {entry.name: (1, *entry.shape) for entry in graph.inputs}
     trials = []
-    database = tune(model, work_dir=tmp_path, max_trials_global=24, on_trial=trials.append)
+    database = tune(
+        to_onnx(graph), shape=shape, work_dir=tmp_path, max_trials_global=24, on_trial=trials.append
+    )
     assert trials and trials[-1].done == trials[-1].trials == len(database.records)
 
 
-def test_command_line(tmp_path, capsys):
+def test_regions_that_are_alike_are_tuned_once(tmp_path, monkeypatch):
+    graphs = [every_kind_of_layer(), every_kind_of_layer(seed=1), tiny_conv()]
+    monkeypatch.setattr(api, "regions_of", lambda *_: graphs)
+    seen = []
+    database = tune(None, work_dir=tmp_path, max_trials_global=16, on_trial=seen.append)
+    assert len(database.workloads) == 2 == seen[-1].regions
+    assert len(database.records) == 16 and {trial.trials for trial in seen} == {8}
+
+
+def test_command_line(tmp_path, capsys, caplog):
     """Tune the digits network, show it, compile with it: the program is the faster one."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("tvm")
@@ -238,7 +320,9 @@ def test_command_line(tmp_path, capsys):
 
     model, work = str(tmp_path / "net.onnx"), str(tmp_path / "tuned")
     onnx.save(to_onnx(load_digits()), model)
-    assert main(["tune", model, "-D", work, "--trials", "16", "--set", "overlap=full"]) == 0
+    shape = ["--input-shapes", "x0:[1,1,16,16]"]  # TVM with Relay compiles for one batch
+    full = ["--set", "overlap=full"]
+    assert main(["tune", model, "-D", work, "--trials", "16", *shape, *full]) == 0
     tuned = capsys.readouterr().out
     assert main(["tune", "-D", work, "--show"]) == 0
     shown = capsys.readouterr().out
@@ -246,13 +330,21 @@ def test_command_line(tmp_path, capsys):
     cycles = {}
     for name, options in (("default", []), ("tuned", ["--tuned", work])):
         program = str(tmp_path / f"{name}.mars")
-        assert (
-            main(["compile", model, "--program", program, "--set", "overlap=full", *options]) == 0
-        )
+        assert main(["compile", model, "--program", program, *shape, *full, *options]) == 0
         loaded = Program.load(program)
         cycles[name] = simulate(loaded.regions[0], loaded.arch).cycles
     assert cycles["tuned"] < cycles["default"]
     (best,) = {min(one.cycles for one in Database(work).records)}
     assert cycles["tuned"] == best
-    assert main(["compile", model, "--program", program, "--tuned", str(tmp_path / "no")]) == 1
+    assert not caplog.records
+    capsys.readouterr()
+    assert main(["compile", model, "--program", program, *shape, "--tuned", work]) == 0
+    assert "no tuning records of a region with 9 layers on machine mars" in caplog.text
+    for nothing in (tmp_path / "no", tmp_path):
+        asked = ["--tuned", str(nothing)]
+        assert main(["compile", model, "--program", program, *shape, *asked]) == 1
+        assert "mars tune and tvmc-mars tune write them" in capsys.readouterr().err
+        assert main(["tune", "-D", str(nothing), "--show"]) == 1
+    assert main(["tune", model, *shape, "-D", model]) == 1
+    assert "is a file (records are a directory" in capsys.readouterr().err
     assert main(["tune", "-D", work]) == 2

@@ -95,13 +95,9 @@ def _schedules(directory: str | None) -> AbstractContextManager[object]:
     """Give what lets a compilation use a database's schedules; without one, nothing."""
     if directory is None:
         return nullcontext()
-    from mars_runtime.errors import InputError
-
     from ..tuner.database import Database
 
-    if not Path(directory).is_dir():
-        raise InputError("no such directory", where=directory)
-    return Database(directory)
+    return Database.existing(directory)
 
 
 def check_model(model: str) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from .base import MarsCommand, arch_options, read_arch
-
-if TYPE_CHECKING:
-    from ..tuner.api import Trial
+from .base import MarsCommand, arch_options, input_shapes, read_arch
 
 __all__ = ["tune_command"]
 
@@ -26,6 +21,14 @@ __all__ = ["tune_command"]
     default=256,
     show_default=True,
     help="Schedules to measure, for all regions together.",
+)
+@click.option(
+    "--input-shapes",
+    "shapes",
+    metavar='"NAME:[N,C,H,W] ..."',
+    callback=input_shapes,
+    help="Shapes of inputs that the model leaves open, where TVM has Relay; records serve any "
+    "batch.",
 )
 @arch_options
 @click.option(
@@ -63,12 +66,18 @@ __all__ = ["tune_command"]
     metavar="N",
     help="End after so many trials without a better one.",
 )
+@click.option(
+    "--tuning-records",
+    metavar="DIR",
+    help="Directory of other records of the model, of any machine: their best are measured early.",
+)
 @click.option("--resume", is_flag=True, help="Take up a search with the same options.")
 @click.option("--show", is_flag=True, help="Only print what the database holds.")
 def tune_command(
     model: str | None,
     work_dir: str,
     trials: int,
+    shapes: dict[str, tuple[int, ...]],
     arch: str,
     changes: dict[str, str],
     objective: str,
@@ -77,6 +86,7 @@ def tune_command(
     seed: int,
     workers: int,
     patience: int | None,
+    tuning_records: str | None,
     resume: bool,
     show: bool,
 ) -> None:
@@ -96,22 +106,23 @@ def tune_command(
     from ..tuner.show import print_database
 
     if show:
-        if not Path(work_dir).is_dir():
-            raise click.UsageError(f"{work_dir} is no directory")
-        print_database(Database(work_dir, objective), sys.stdout)
+        print_database(Database.existing(work_dir, objective), sys.stdout)
         return
     if model is None:
         raise click.UsageError("nothing to tune: give MODEL.onnx, or --show")
     machine = read_arch(arch, changes)
     from ..tuner.api import tune
+    from ..tuner.progress import Progress
     from .compiling import check_model
 
     check_model(model)
-    with _Progress() as progress:
+    earlier = Database.existing(tuning_records, objective) if tuning_records else None
+    with Progress() as progress:
         database = tune(
             model,
             work_dir=work_dir,
             max_trials_global=trials,
+            shape=shapes,
             cost_model=cost_model,
             arch=machine,
             objective=objective,
@@ -120,39 +131,7 @@ def tune_command(
             seed=seed,
             strategy=strategy,
             patience=patience,
+            earlier=earlier,
             on_trial=progress.report,
         )
     print_database(database, sys.stdout)
-
-
-class _Progress:
-    """A progress bar on stderr with the best so far."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("region {task.fields[region]}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} trials, best {task.fields[best]} cycles"),
-            TimeElapsedColumn(),
-        )
-        self.bar = Progress(*columns, console=Console(stderr=True))
-        self.tasks: dict[int, int] = {}
-        self.bar.start()
-        return self
-
-    def report(self, trial: Trial) -> None:
-        """Show a trial."""
-        from rich.progress import TaskID
-
-        place, best = f"{trial.region + 1}/{trial.regions}", f"{trial.best.cycles:,}"
-        if trial.region not in self.tasks:
-            self.tasks[trial.region] = self.bar.add_task(
-                "", total=trial.trials, region=place, best=best
-            )
-        self.bar.update(TaskID(self.tasks[trial.region]), completed=trial.done, best=best)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()

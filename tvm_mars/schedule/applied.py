@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -18,6 +19,8 @@ __all__ = ["Source", "apply_schedules", "schedule_of"]
 #: Gives a graph's schedule on a machine, or None for the default.
 Source: TypeAlias = Callable[[Graph, MarsArch, Mapping[str, PackedConv]], Schedule | None]
 
+_LOG = logging.getLogger("tvm_mars")
+
 _sources: contextvars.ContextVar[tuple[Source, ...]] = contextvars.ContextVar("sources", default=())
 
 
@@ -27,7 +30,7 @@ def apply_schedules(source: Source) -> contextvars.Token[tuple[Source, ...]]:
 
 
 def schedule_of(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule:
-    """Give the schedule that the sources have for a graph, else the default.
+    """Give the schedule that the sources have for a graph, else the default, with a warning.
 
     Raises
     ------
@@ -38,4 +41,11 @@ def schedule_of(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) 
         found = source(graph, arch, packed)
         if found is not None:
             return found
+    if _sources.get():
+        _LOG.warning(
+            "no tuning records of a region with %d layers on machine %s: it has the default "
+            "schedule (records are of one network and one machine: tune it with the same options)",
+            len(graph.layers),
+            arch.name,
+        )
     return plan(graph, arch, packed)

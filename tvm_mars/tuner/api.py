@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from mars_runtime.arch import MarsArch
-from mars_runtime.errors import OptionError
+from mars_runtime.errors import OptionError, UnsupportedError
 
 from ..compiler import NamedGraph
 from ..graph import Graph
 from ..options import CompileOptions
-from ..pack import PackedConv
-from ..schedule import Schedule
-from ..schedule.applied import apply_schedules
-from .database import Database, Record
+from ..schedule import Point
+from .database import Database, Record, workload_key
 from .search import SearchOptions, search
 from .space import Space
 
 __all__ = ["Trial", "regions_of", "tune"]
+
+EARLIER = 8  # schedules that a search takes from earlier records
 
 
 @attrs.frozen
@@ -45,6 +45,7 @@ def tune(
     work_dir: str | os.PathLike[str],
     max_trials_global: int,
     max_trials_per_task: int | None = None,
+    shape: Mapping[str, Sequence[int]] | None = None,
     num_trials_per_iter: int = 64,
     cost_model: str = "xgb",
     database: str = "json",
@@ -56,6 +57,7 @@ def tune(
     seed: int | None = None,
     strategy: str = "evolution",
     patience: int | None = None,
+    earlier: Database | None = None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Database:
     """Search for the best schedules of a model's regions.
@@ -66,11 +68,15 @@ def tune(
     Parameters
     ----------
     mod : path, onnx.ModelProto, tvm.IRModule, torch.export.ExportedProgram or Graph
-        The model, as :func:`tvm_mars.compile` takes it, or an integer graph.
+        The model, as :func:`tvm_mars.compile` takes it, a module that is partitioned already, or
+        an integer graph.
     work_dir : path
         Directory of the database.
     max_trials_global, max_trials_per_task : int
         Schedules that are measured, for all regions and at most for one.
+    shape : mapping of str to sequence of int, optional
+        Shapes of inputs that an ONNX model leaves open, as :func:`tvm_mars.compile` takes them.
+        Records serve any batch.
     num_trials_per_iter : int
         Schedules that are measured between two fits of the cost model; at most an eighth of all.
     cost_model : "xgb" or "none"
@@ -78,7 +84,7 @@ def tune(
     database : "json"
         Its form.
     arch : str, path, MarsArch or mapping
-        The machine.
+        The machine; that of a partitioned module.
     objective : "cycles", "energy" or "edp"
         What is to be small.
     runner : "local"
@@ -93,23 +99,36 @@ def tune(
         How schedules are chosen.
     patience : int, optional
         Trials without a better one after which a region's search ends.
+    earlier : Database, optional
+        Records of other searches: the best schedules that they have of a region, on whatever
+        machine, are measured early in its search.
     on_trial : callable
         Called after every trial.
 
     Raises
     ------
     OptionError
-        If an option has no meaning, or nothing of the model is on MARS.
+        If an option has no meaning.
+    UnsupportedError
+        If nothing of the model is on MARS.
+    DatabaseError
+        If the records of ``work_dir`` cannot be read.
     """
     if database != "json":
         raise OptionError(f"{database!r} is not json", where="option database")
+    if max_trials_global < 1:
+        raise OptionError(f"{max_trials_global} is not above 0", where="option max_trials_global")
     machine = CompileOptions.from_mapping({"arch": arch}).arch
-    graphs = regions_of(mod, machine)
-    if not graphs:
-        raise OptionError(
-            "nothing of the model is on MARS", where="option mod", hint="see the offload report"
+    spaces = [Space.of(graph, machine) for graph in regions_of(mod, machine, shape)]
+    # Regions that are alike need one search.
+    spaces = list({workload_key(one.graph, one.packed): one for one in spaces}.values())
+    if not spaces:
+        raise UnsupportedError(
+            "nothing of it is on MARS",
+            where="model",
+            hint="tvm_mars.offload_report and --dump-offloads of compile say why",
         )
-    share = max(1, max_trials_global // len(graphs))
+    share = max(1, max_trials_global // len(spaces))
     trials = min(share, max_trials_per_task or share)
     options = SearchOptions(
         trials=trials,
@@ -123,33 +142,31 @@ def tune(
         patience=patience,
     )
     records = Database(work_dir, objective)
-    for number, graph in enumerate(graphs):
+    for number, space in enumerate(spaces):
 
         def report(record: Record, best: Record, number: int = number) -> None:
-            on_trial(Trial(number, len(graphs), record.trial + 1, trials, record, best))
+            on_trial(Trial(number, len(spaces), record.trial + 1, trials, record, best))
 
-        search(Space.of(graph, machine), records, options, resume=resume, on_trial=report)
+        first: tuple[Point, ...] = ()
+        if earlier is not None:
+            first = earlier.best_points(workload_key(space.graph, space.packed), EARLIER)
+        asked = attrs.evolve(options, first=first)
+        search(space, records, asked, resume=resume, on_trial=report)
     return records
 
 
-def regions_of(mod: Any, arch: MarsArch) -> list[Graph]:
-    """Give the graphs of a model's regions, as a compilation meets them."""
+def regions_of(
+    mod: Any, arch: MarsArch, shape: Mapping[str, Sequence[int]] | None = None
+) -> list[Graph]:
+    """Give the graphs of a model's regions, in the order in which they run."""
     if isinstance(mod, NamedGraph):
         return [mod.graph]
     if isinstance(mod, Graph):
         return [mod]
-    import tvm_mars
+    from ..frontend import adapter
 
-    found: list[Graph] = []
-
-    def collect(graph: Graph, at: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule | None:
-        if at == arch:
-            found.append(graph)
-        return None
-
-    token = apply_schedules(collect)
-    try:
-        tvm_mars.compile(mod, arch=arch)
-    finally:
-        token.var.reset(token)
-    return found
+    ir = adapter()
+    graphs: list[Graph] = ir.graphs_of(
+        ir.partition_for_mars(ir.import_model(mod, shape), arch=arch)
+    )
+    return graphs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,9 @@ __all__ = ["Database", "DatabaseError", "Record", "arch_key", "workload_key"]
 
 WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
+FILES = (WORKLOADS, RECORDS)
+
+_WRITTEN_BY = "mars tune and tvmc-mars tune write them"
 
 
 class DatabaseError(MarsError, ValueError):
@@ -90,15 +94,37 @@ class Database:
     Raises
     ------
     DatabaseError
-        If a line other than a torn last one cannot be read.
+        If a line other than a torn last one cannot be read, or a file has the directory's name.
     """
 
     def __init__(self, directory: str | os.PathLike[str], objective: str = "cycles") -> None:
         self.directory = Path(directory)
+        if self.directory.is_file():
+            raise DatabaseError(
+                "is a file",
+                where=str(directory),
+                hint=f"records are a directory that holds {' and '.join(FILES)}",
+            )
         self.objective = objective
         self.workloads = dict(self._workloads())
         self.records = [self._record(line) for line in _lines(self.directory / RECORDS)]
         self._tokens: list[contextvars.Token[Any]] = []
+
+    @classmethod
+    def existing(cls, directory: str | os.PathLike[str], objective: str = "cycles") -> Database:
+        """Open a database that has to be there.
+
+        Raises
+        ------
+        DatabaseError
+            As the class does, and if there is no such directory, or none of records.
+        """
+        if not Path(directory).exists():
+            raise DatabaseError("no such directory", where=str(directory), hint=_WRITTEN_BY)
+        found = cls(directory, objective)
+        if not found.records:
+            raise DatabaseError("holds no records", where=str(directory), hint=_WRITTEN_BY)
+        return found
 
     def _workloads(self) -> Iterator[tuple[str, str]]:
         for line in _lines(self.directory / WORKLOADS):
@@ -145,6 +171,19 @@ class Database:
         """Give the best record, the earliest of equals; None if there is none."""
         wanted = objective or self.objective
         return min(self.of(workload, arch), key=lambda one: one.cost(wanted), default=None)
+
+    def best_points(self, workload: str, count: int) -> tuple[Point, ...]:
+        """Give the points of the best records of a workload, whatever the machine.
+
+        Costs on different machines say little of each other: each machine gives its best in turn.
+        """
+        found: list[list[Point]] = []
+        for arch in dict.fromkeys(one.arch for one in self.records if one.workload == workload):
+            records = sorted(self.of(workload, arch), key=lambda one: one.cost(self.objective))
+            found.append(list(dict.fromkeys(one.point for one in records))[:count])
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*found))
+        points = dict.fromkeys(point for point in in_turn if point is not None)
+        return tuple(points)[:count]
 
     # -- applied to compilations -----------------------------------------------------------------
 

@@ -35,9 +35,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime.errors import MarsError
-
 from ..schedule import Choice, Point, Step
+from .boosting import fit, predict, require_xgboost
 from .space import Space
 
 __all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
@@ -45,19 +44,6 @@ __all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
 Array = npt.NDArray[Any]
 
 _PARTIAL = {"none": 0, "bank": 1, "offchip": 2}
-_PARAMETERS = {
-    "objective": "rank:pairwise",
-    "max_depth": 4,
-    "eta": 0.2,
-    "min_child_weight": 0,
-    "nthread": 1,
-    "tree_method": "exact",
-}
-_ROUNDS = 40
-
-
-class ModelError(MarsError):
-    """The cost model cannot be used."""
 
 
 class CostModel(Protocol):
@@ -136,40 +122,28 @@ class RankModel:
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        try:
-            import xgboost
-        except ModuleNotFoundError:
-            raise ModelError(
-                "needs XGBoost",
-                where="cost model xgb",
-                hint="pip install xgboost-cpu, or search with the cost model none",
-            ) from None
-        self.xgboost, self.space, self.seed = xgboost, space, seed
-        self.booster: Any = None
+        require_xgboost()
+        self.space, self.seed = space, seed
+        self.ensemble: Array | None = None
         self.rows: dict[Point, list[float]] = {}
 
     def learn(self, points: Sequence[Point], costs: Sequence[float]) -> None:
         """Fit to all points: the relevance of each is the best cost over its own."""
         best = min(costs)
-        data = self.xgboost.DMatrix(
-            np.array([self._row(point) for point in points]),
-            label=np.array([best / cost for cost in costs]),
-        )
-        data.set_group([len(points)])
-        parameters = _PARAMETERS | {"seed": self.seed}
-        self.booster = self.xgboost.train(parameters, data, _ROUNDS)
+        relevance = np.array([best / cost for cost in costs])
+        self.ensemble = fit(self._rows(points), relevance, self.seed)
 
     def scores(self, points: Sequence[Point]) -> Array:
         """Give the ensemble's scores; zeros before anything was learned."""
-        if self.booster is None or not points:
+        if self.ensemble is None or not points:
             return np.zeros(len(points))
-        rows = np.array([self._row(point) for point in points])
-        return np.asarray(self.booster.predict(self.xgboost.DMatrix(rows)), np.float64)
+        return predict(self.ensemble, self._rows(points))
 
-    def _row(self, point: Point) -> list[float]:
-        if point not in self.rows:
-            self.rows[point] = features(self.space, point)
-        return self.rows[point]
+    def _rows(self, points: Sequence[Point]) -> Array:
+        for point in points:
+            if point not in self.rows:
+                self.rows[point] = features(self.space, point)
+        return np.array([self.rows[point] for point in points])
 
 
 def make_model(name: str, space: Space, seed: int) -> CostModel:

@@ -17,13 +17,14 @@ from .runners import InProcess, Measured, Runner, WorkerPool
 from .space import Space
 from .strategies import STRATEGIES, make_strategy
 
-__all__ = ["OBJECTIVES", "SearchOptions", "search"]
+__all__ = ["COST_MODELS", "OBJECTIVES", "SearchOptions", "search"]
 
 OBJECTIVES = ("cycles", "energy", "edp")
+COST_MODELS = ("xgb", "none")
 _CHOICES = {
     "objective": OBJECTIVES,
     "strategy": STRATEGIES,
-    "cost_model": ("xgb", "none"),
+    "cost_model": COST_MODELS,
     "runner": ("local",),
 }
 
@@ -47,6 +48,8 @@ class SearchOptions:
         Processes that measure; the result does not depend on it.
     patience : int, optional
         Trials without a better one after which the search ends.
+    first : tuple of Point
+        Points to measure early, behind those that every strategy begins with.
 
     Raises
     ------
@@ -63,6 +66,7 @@ class SearchOptions:
     runner: str = "local"
     workers: int = 1
     patience: int | None = None
+    first: tuple[Point, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -82,6 +86,8 @@ class SearchOptions:
         deciding: dict[str, object] = {name: getattr(self, name) for name in names}
         if self.strategy == "annealing":
             deciding["trials"] = self.trials
+        if self.first:
+            deciding["first"] = [attrs.asdict(point) for point in self.first]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -120,15 +126,24 @@ def search(
         trials=options.trials,
         cost_model=options.cost_model,
     )
+    # A point of other steps is none of this space; the default is the first of all anyway.
+    first = [
+        point
+        for point in options.first
+        if point.unfused == space.default.unfused and point != space.default
+    ]
     runner = _runner(space, options)
     records: list[Record] = []
     best: Record | None = None
     since = 0
     try:
         while len(records) < options.trials:
-            points = strategy.propose(min(options.batch, options.trials - len(records)))
-            if not points:
+            proposed = strategy.propose(min(options.batch, options.trials - len(records)))
+            if not proposed:
                 break
+            points = [point for point in proposed if point not in first]
+            if not records:
+                points += first
             found = _measure(runner, points, known)
             costs: list[float | None] = []
             new = []

@@ -42,8 +42,6 @@ def _parts(database: Database) -> Iterator[RenderableType]:
         )
         yield _changes(first, best)
         yield ""
-    if not keys:
-        yield "no records"
 
 
 def _convergence(records: Sequence[Record], objective: str) -> Iterator[str]:

@@ -21,13 +21,14 @@ from tvm import relax, te, tirx
 
 from mars_runtime.program import Program
 
+from ...graph import Graph
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Lowered, lower
 from .partition import partition_for_mars
-from .regions import INTERFACE, OPTIONS, read_region
+from .regions import INTERFACE, OPTIONS, is_region, read_region
 
-__all__ = ["codegen", "collect_programs", "pipeline", "run_codegen"]
+__all__ = ["codegen", "collect_programs", "graphs_of", "pipeline", "run_codegen"]
 
 _CONSTANTS = "const_name_to_constant"
 _PROGRAMS: ContextVar[list[Program] | None] = ContextVar("mars_programs", default=None)
@@ -62,6 +63,13 @@ def collect_programs() -> Iterator[list[Program]]:
         _PROGRAMS.reset(token)
 
 
+def graphs_of(mod: tvm.IRModule) -> list[Graph]:
+    """Give the graphs of a partitioned module's regions, in the order in which they run."""
+    options = CompileOptions.from_json(str(mod.attrs[OPTIONS]))
+    functions = [func for _, func in mod.functions_items() if is_region(func)]
+    return [piece.lowered.graph for piece in _pieces(functions, options)]
+
+
 def codegen(
     functions: Sequence[relax.Function], options: Mapping[str, Any], names: Mapping[Any, str]
 ) -> list[Any]:
@@ -84,9 +92,7 @@ def codegen(
         One module with a function for each region.
     """
     settings = _options(functions, options)
-    pieces = sorted(
-        (_piece(func, settings) for func in functions), key=lambda piece: piece.interface.index
-    )
+    pieces = _pieces(functions, settings)
     program = _program(pieces, settings)
     collected = _PROGRAMS.get()
     if collected is not None:
@@ -107,9 +113,17 @@ def _options(functions: Sequence[relax.Function], given: Mapping[str, Any]) -> C
     return CompileOptions.from_json(str(functions[0].attrs[OPTIONS]))
 
 
-def _piece(func: relax.Function, options: CompileOptions) -> _Piece:
-    interface = Interface.from_json(str(func.attrs[INTERFACE]))
-    return _Piece(func, lower(read_region(func), options.arch), interface)
+def _pieces(functions: Sequence[relax.Function], options: CompileOptions) -> list[_Piece]:
+    """Read regions, in the order in which they run."""
+    pieces = (
+        _Piece(
+            func,
+            lower(read_region(func), options.arch),
+            Interface.from_json(str(func.attrs[INTERFACE])),
+        )
+        for func in functions
+    )
+    return sorted(pieces, key=lambda piece: piece.interface.index)
 
 
 def _program(pieces: Sequence[_Piece], options: CompileOptions) -> Program:

@@ -20,11 +20,13 @@ from tvm import relay
 from mars_runtime.errors import UnsupportedError
 from mars_runtime.program import Program
 
+from ...graph import Graph
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import lower
 from .nodes import sizes
-from .regions import INTERFACE, OPTIONS, read_region
+from .partition import options_of
+from .regions import INTERFACE, OPTIONS, read_region, regions
 from .wrapper import TensorSpec, wrapper
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "collect_programs",
     "compiling_for",
     "constant_updater",
+    "graphs_of",
     "host_target",
     "whole_program",
 ]
@@ -73,6 +76,17 @@ def whole_program(pieces: Sequence[_Compiled]) -> Program | None:
     )
 
 
+def graphs_of(mod: tvm.IRModule) -> list[Graph]:
+    """Give the graphs of a partitioned module's regions, in the order in which they run."""
+    arch = options_of(mod).arch
+    functions = sorted(regions(mod).values(), key=lambda func: _interface(func).index)
+    return [lower(read_region(func), arch).graph for func in functions]
+
+
+def _interface(func: relay.Function) -> Interface:
+    return Interface.from_json(str(func.attrs[INTERFACE]))
+
+
 def codegen(func: relay.Function) -> Any:
     """Compile a region into a program, and a TVM module that runs it.
 
@@ -86,7 +100,7 @@ def codegen(func: relay.Function) -> Any:
     from ...compiler import NamedGraph, build  # the compiler proper, loaded when it is needed
 
     options = CompileOptions.from_json(str(func.attrs[OPTIONS]))
-    interface = Interface.from_json(str(func.attrs[INTERFACE]))
+    interface = _interface(func)
     symbol = str(func.attrs["global_symbol"])
     for var in func.params:
         if None in sizes(var):

@@ -34,7 +34,13 @@ from .nodes import (
 from .normal_form import normal_form
 from .regions import COMPOSITE, OPTIONS, attribute, called, name_regions, read_region, regions
 
-__all__ = ["find_candidates", "offload_report", "partition_for_mars", "pattern_table"]
+__all__ = [
+    "find_candidates",
+    "offload_report",
+    "options_of",
+    "partition_for_mars",
+    "pattern_table",
+]
 
 REPORT = "mars.report"
 
@@ -110,7 +116,7 @@ def partition_for_mars(
     """
     options = CompileOptions.from_mapping(opts)
     if attribute(mod, REPORT) is not None:
-        CompileOptions.from_json(str(mod.attrs[OPTIONS])).require_same(options, opts)
+        options_of(mod).require_same(options, opts)
         return mod
     session = Session(options.arch)
     mod = _bound(mod, params)
@@ -134,6 +140,11 @@ def partition_for_mars(
     report = _report(mod, candidates, session)
     report.log()
     return _labelled(mod, report, options)
+
+
+def options_of(mod: tvm.IRModule) -> CompileOptions:
+    """Give the options that a module was partitioned with."""
+    return CompileOptions.from_json(str(mod.attrs[OPTIONS]))
 
 
 def _bound(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRModule:
