@@ -202,7 +202,7 @@ def test_tvmc_needs_a_tvm_that_has_one(capsys: pytest.CaptureFixture[str]) -> No
     if tvmc._is_there():
         pytest.skip("this TVM has tvmc")
     assert tvmc.main(["compile", "net.onnx"]) == tvmc.NO_TVMC
-    assert "use mars compile and mars run" in capsys.readouterr().err
+    assert "use mars compile, mars tune and mars run" in capsys.readouterr().err
 
 
 # -- run -------------------------------------------------------------------------------------------

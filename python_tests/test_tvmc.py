@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import numpy as np
 import onnx
 import pytest
 
+from mars_runtime import load_arch, simulate
 from python_tests.onnx_models import ModelWriter, float_model, imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
 from tvm_mars import graph as reference
 from tvm_mars.graph import Graph, evaluate
 from tvm_mars.networks import mobilenet_v1, mobilenet_v2, resnet18, vgg16
 from tvm_mars.onnx_export import to_onnx
+from tvm_mars.tuner.database import Database
 from tvm_mars.tvmc import main
 from tvm_mars.zoo import digits_split, load_digits
 
@@ -29,8 +32,13 @@ pytest.importorskip("tvm.driver.tvmc")
 
 from tvm.driver.tvmc import composite_target, frontends  # noqa: E402
 
+from python_tests.tflite_model import TfliteWriter  # noqa: E402
 from tvm_mars.frontend.relay import import_model  # noqa: E402
-from tvm_mars.frontend.relay.codegen import host_target  # noqa: E402
+from tvm_mars.frontend.relay.codegen import (  # noqa: E402
+    collect_programs,
+    host_target,
+    whole_program,
+)
 
 ROOT = Path(__file__).parents[1]
 SEED = 3
@@ -174,6 +182,151 @@ def test_a_layer_quantized_elsewhere_differs_by_one_code(seed: int, folder: Path
     assert len(np.unique(found)) > 50
 
 
+# -- tuning ----------------------------------------------------------------------------------------
+
+
+def cycles_of(*arguments: str) -> list[int]:
+    """Compile by a command line; gives the cycles of the regions."""
+    with collect_programs() as programs:
+        assert main(["compile", *arguments]) == 0
+    program = whole_program(programs)
+    assert program is not None
+    return [simulate(region, program.arch).cycles for region in program.regions]
+
+
+def records(directory: str) -> list[Any]:
+    return Database(directory).records
+
+
+@pytest.fixture
+def network(folder: Path) -> tuple[onnx.ModelProto, Arrays]:
+    """The current directory has a small network, ``net.onnx``."""
+    model = imported_model(SEED, batch=1)
+    onnx.save(model, "net.onnx")
+    return model, model_inputs(model, SEED, images=1)
+
+
+FULL = ("--target", f"mars, {HOST}", "--target-mars-set", "overlap=full")
+
+
+def test_tuned_programs_are_faster_and_give_the_same_codes(
+    network: tuple[onnx.ModelProto, Arrays],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From the records of `tune` by its own names of options, or by those of `mars tune`."""
+    from tvm_mars.cli import main as mars
+
+    model, inputs = network
+    tuning = ["tune", "net.onnx", *FULL, "--trials", "16", "--parallel", "2", "--seed", "5"]
+    assert main([*tuning, "-o", "tuned", "-v"]) == 0
+    said = capsys.readouterr()
+    assert "16 records" in said.out and "16/16 trials, best" in said.err
+    given = ["-D", "same", "--trials", "16", "--set", "overlap=full", "--seed", "5"]
+    assert mars(["tune", "net.onnx", *given]) == 0
+    assert records("same") == records("tuned")
+
+    (default,) = cycles_of("net.onnx", *FULL)
+    (tuned,) = cycles_of("net.onnx", *FULL, "--tuning-records", "tuned")
+    assert tuned == min(one.cycles for one in records("tuned")) < default
+    assert not caplog.records
+    expected = results(model, inputs, *FULL)
+    assert differing(results(model, inputs, *FULL, "--tuning-records", "tuned"), expected) == 0
+    cycles_of("net.onnx", "--tuning-records", "tuned")
+    assert "no tuning records of a region" in caplog.text and "on machine mars" in caplog.text
+
+
+def test_a_search_is_resumed_and_follows_another(network: Any) -> None:
+    tuning = ["tune", "net.onnx", *FULL, "--cost-model", "none", "--parallel", "1"]
+    assert main([*tuning, "--trials", "8", "-o", "cut"]) == 0
+    assert main([*tuning, "--trials", "16", "-o", "cut", "--resume"]) == 0
+    assert main([*tuning, "--trials", "16", "-o", "whole"]) == 0
+    assert records("cut") == records("whole")
+    after = [*tuning, "--trials", "17", "-o", "after", "--tuning-records", "whole"]
+    assert main(after) == 0
+    assert min(one.cycles for one in records("after")) <= min(one.cycles for one in records("cut"))
+    assert len({one.run for one in records("whole") + records("after")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ("", {}),
+        ("--tuner ga", {"cost_model": "none"}),
+        ("--tuner gridsearch", {"strategy": "grid"}),
+        ("--tuner random --cost-model none", {"strategy": "random", "cost_model": "none"}),
+        ("--strategy annealing --objective edp", {"strategy": "annealing", "objective": "edp"}),
+        ("--early-stopping 7 --parallel 3 --seed 9", {"patience": 7, "num_workers": 3, "seed": 9}),
+        ("--trials 33 --resume", {"max_trials_global": 33, "resume": True}),
+    ],
+)
+def test_options_of_the_search(
+    options: str, asked: dict[str, Any], network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def search(mod: Any, **options: Any) -> Database:
+        seen.update(options)
+        return Database(options["work_dir"])
+
+    monkeypatch.setattr("tvm_mars.tvmc.tuning.tune", search)
+    assert main(["tune", "net.onnx", "-o", "tuned", *options.split()]) == 0
+    del seen["on_trial"]
+    usual = {
+        "work_dir": "tuned",
+        "max_trials_global": 1000,
+        "arch": load_arch("mars"),
+        "num_workers": 4,
+        "patience": None,
+        "earlier": None,
+    }
+    assert seen == usual | asked
+
+
+def test_an_interrupted_search_says_how_to_go_on(
+    network: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tvm_mars.tuner.progress.Progress.report", interrupted)
+    assert main(["tune", "net.onnx", "-o", "tuned", "--parallel", "1"]) == 4
+    assert "Error: interrupted (--resume goes on" in capsys.readouterr().err
+
+
+def test_without_xgboost_a_search_says_what_to_do(
+    network: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, package=None: None if name == "xgboost" else original(name, package),
+    )
+    tuning = ["tune", "net.onnx", "-o", "tuned", "--trials", "8", "--parallel", "1"]
+    assert main(tuning) == 4
+    assert "needs XGBoost (pip install xgboost-cpu, or search with the" in capsys.readouterr().err
+    assert main([*tuning, "--cost-model", "none"]) == 0
+
+
+def test_kernels_of_the_other_target_are_tuned_as_tvmc_does(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file of their records goes on to tvmc, whose it is."""
+    from tvm.driver.tvmc import autotuner, compiler
+
+    seen: list[Any] = []
+    monkeypatch.setattr(autotuner, "tune_model", lambda *args, **given: seen.append(given))
+    assert main(["tune", "net.onnx", "--target", HOST, "-o", "log.json", "--tuner", "ga"]) in (0, 4)
+    assert seen[0]["tuning_records"] == "log.json" and seen[0]["tuner"] == "ga"
+    monkeypatch.setattr(compiler, "compile_model", lambda *args, **given: seen.append(given))
+    Path("log.json").write_text("")
+    for target in (HOST, f"mars, {HOST}"):
+        compiling = ["compile", "net.onnx", "--target", target, "--tuning-records", "log.json"]
+        assert main(compiling) == 0
+        assert seen[-1]["tuning_records"] == "log.json"
+
+
 # -- what the commands say -------------------------------------------------------------------------
 
 
@@ -234,6 +387,27 @@ def test_options_of_the_target(
     assert '"offchip_bits_per_cycle": 80' in text
 
 
+def test_regions_are_made_for_the_target_that_requantizes(folder: Path) -> None:
+    """By floats on a CPU with SSE4.1, by integers elsewhere; MARS can do as the integers do."""
+    rng = np.random.default_rng(SEED)
+    writer = TfliteWriter()
+    x = writer.tensor((1, 6, 6, 64), "uint8", scale=0.02, zero=130)
+    weight = writer.constant(
+        rng.integers(-127, 128, (8, 3, 3, 64)).astype("int8"), np.full(8, 3e-5)
+    )
+    bias = writer.constant(rng.integers(-2000, 2000, 8).astype("int32"))
+    writer.conv(x, weight, bias, writer.tensor((1, 6, 6, 8), "uint8", scale=0.02, zero=128))
+    Path("net.tflite").write_bytes(bytes(writer.model(x)._tab.Bytes))
+    found = {}
+    for cpu in ("", " -mcpu=core2", " -mcpu=skylake"):
+        options = ["--target", f"mars, {HOST}{cpu}", "--dump-offloads", "offloads.txt"]
+        assert main(["compile", "net.tflite", "-o", "net.tar", *options]) == 0
+        found[cpu] = Path("offloads.txt").read_text()
+    assert "1 of 1 operators on MARS" in found[""] and found[""] == found[" -mcpu=core2"]
+    assert "0 of 1 operators on MARS" in found[" -mcpu=skylake"]
+    assert "in float32: accumulators up to" in found[" -mcpu=skylake"]
+
+
 def test_top_results_and_times(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = imported_model(SEED, batch=1)
     (logits,) = results(model, model_inputs(model, SEED, images=1), "--target=mars")
@@ -254,6 +428,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["tvmc-mars compile --target", "--dump-offloads", "tvmc-mars run"]),
         (["compile", "--help"], ["tvmc-mars compile", "target mars", "--target-mars-set"]),
         (["run", "--help"], ["tvmc-mars run", "--print-top"]),
+        (["tune", "--help"], ["tvmc-mars tune", "target mars", "--cost-model", "--objective"]),
     ):
         with pytest.raises(SystemExit) as left:
             main(arguments)
@@ -270,7 +445,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("compiled")
     onnx.save(float_model(batch=1), made / "net.onnx")
     onnx.save(float_model(), made / "open.onnx")
+    onnx.save(imported_model(SEED, batch=1), made / "tiny.onnx")
     (made / "text").write_text("no archive")
+    (made / "bad").mkdir()
+    (made / "bad" / "database_tuning_record.json").write_text('{"trial": 1}\n')
+    (made / "empty").mkdir()
     np.savez(made / "x.npz", image=np.zeros((1, 3, 8, 9)))
     np.savez(made / "other.npz", picture=np.zeros(3))
     assert main(["compile", str(made / "net.onnx"), "-o", str(made / "net.tar")]) == 0
@@ -298,7 +477,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compile net.onnx --executor aot -f mlf", "--executor graph and -f so"),
         ("compile net.onnx -o nowhere/net.tar", "nowhere/net.tar: No such file"),
         ("compile net.onnx --dump-offloads nowhere/x", "nowhere/x: No such file"),
-        ("tune net.onnx --target=mars,~llvm -o records", "tvmc tunes kernels that TVM generates"),
+        ("compile net.onnx --tuning-records none", "none: no such directory (mars tune and tvmc-"),
+        ("compile net.onnx --tuning-records empty", "empty: holds no records"),
+        ("compile net.onnx --tuning-records bad", "a record does not make sense"),
+        (
+            "compile net.onnx --tuning-records bad/database_tuning_record.json",
+            "is a file (records are a directory that holds database_workload.json",
+        ),
+        ("compile net.onnx --target=llvm --tuning-records bad", 'try --target="mars, llvm"'),
+        ("tune none.onnx -o records", "Input file 'none.onnx' doesn't exist"),
+        ("tune net.onnx -o records", "nothing of it is on MARS (tvm_mars.offload_report"),
+        ("tune open.onnx -o records", "--input-shapes"),
+        ("tune net.onnx -o records --target=mars,~llvm~-mtripel=x", "Cannot recognize 'mtripel'"),
+        ("tune net.onnx -o records --target-mars-set coers=2", "did you mean cores"),
+        ("tune net.onnx -o records --target=llvm --seed 1", "Passed --seed but did not specify"),
+        ("tune net.onnx -o records --target=llvm --resume", "Passed --resume but did not specify"),
+        ("tune net.onnx -o records --number 3", "--number is about kernels of TVM's own targets"),
+        ("tune net.onnx -o records --rpc-key board", "--rpc-key is about kernels"),
+        ("tune net.onnx -o records --tuner xgb_curve", "mars has xgb, ga, gridsearch, random"),
+        ("tune tiny.onnx -o bad", "a record does not make sense"),
+        ("tune tiny.onnx -o text", "text: is a file (records are a directory"),
+        ("tune tiny.onnx -o records --trials 0", "option max_trials_global: 0 is not above 0"),
+        ("tune tiny.onnx -o records --tuning-records none", "none: no such directory"),
         ("run none.tar", "File none.tar does not exist"),
         ("run .", "must be an archive"),
         ("run text", "Could not read model from archive text"),

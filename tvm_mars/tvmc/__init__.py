@@ -2,7 +2,8 @@
 
 All commands and options are those of the installed TVM's tvmc. Added are the target ``mars`` with
 its options ``--target-mars-...``, a report of what is offloaded, and ONNX models as MARS needs them
-imported. A TVM without tvmc has ``mars compile`` and ``mars run``.
+imported; ``tune`` for MARS is the search of ``mars tune``. A TVM without tvmc has ``mars compile``,
+``mars tune`` and ``mars run``.
 
 Exit codes are tvmc's: 0 success, 1 no command, 2 a wrong command line, 4 an error that names what
 is wrong and the remedy.
@@ -23,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     if not _is_there():
         sys.stderr.write(
-            "Error: the installed TVM has no tvmc, which needs Relay (use mars compile and "
-            "mars run, or install tvm-mars[relay] under CPython 3.10)\n"
+            "Error: the installed TVM has no tvmc, which needs Relay (use mars compile, mars tune "
+            "and mars run, or install tvm-mars[relay] under CPython 3.10)\n"
         )
         return NO_TVMC
     from tvm.driver.tvmc.main import _main

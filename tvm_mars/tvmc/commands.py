@@ -12,9 +12,10 @@ from tvm.driver.tvmc.main import REGISTERED_PARSER, register_parser
 
 from mars_runtime.errors import MarsError
 
-from .compiling import add_options, drive_compile, drive_tune
+from .compiling import add_compile_options, drive_compile
 from .running import drive_run
 from .target import register
+from .tuning import add_tune_options, drive_tune
 
 __all__ = ["extend"]
 
@@ -26,6 +27,10 @@ TVM's compiler driver, with MARS among its targets.
 From a quantized ONNX model to its results:
   tvmc-mars compile --target="mars, llvm" net.onnx -o net.tar --dump-offloads -
   tvmc-mars run net.tar --inputs net.npz --outputs results.npz --print-top 3
+
+Faster schedules, searched for on the timed machine:
+  tvmc-mars tune --target="mars, llvm" net.onnx -o tuned --trials 256
+  tvmc-mars compile --target="mars, llvm" net.onnx -o net.tar --tuning-records tuned
 
 What MARS does not take is compiled for the other target, this machine unless -mtriple says
 otherwise. `tvmc-mars compile --help` lists the options of the target under "target mars".
@@ -47,7 +52,8 @@ def _extend_parsers(commands: Any, parser: argparse.ArgumentParser, _config: Any
     parser.prog, parser.description, parser.epilog = PROGRAM, _ABOUT, None
     for name, command in commands.choices.items():
         command.prog = f"{PROGRAM} {name}"
-    add_options(commands.choices["compile"])
+    add_compile_options(commands.choices["compile"])
+    add_tune_options(commands.choices["tune"])
     for name, drive in _DRIVERS.items():
         command = commands.choices[name]
         command.set_defaults(func=_told(drive, command.get_default("func")))
