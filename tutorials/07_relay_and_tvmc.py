@@ -95,3 +95,14 @@ outputs = folder / "outputs.npz"
 tvmc("run", tar, "--inputs", folder / "digits.npz", "--outputs", outputs)
 assert np.array_equal(np.load(outputs)["output_0"], logits)
 print("codes of the command line are those of the API")
+
+# %%
+# Its ``tune`` searches schedules on the simulated machine; ``compile --tuning-records`` uses what it
+# found. The records are those of ``mars tune``.
+
+records, tuned = folder / "tuned", folder / "tuned.tar"
+search = ["--trials", "16", "--tuner", "random", "--parallel", "1"]
+print(tvmc("tune", "--target=mars, llvm", path, "-o", records, *search, *shapes))
+tvmc("compile", "--target=mars, llvm", path, "-o", tuned, "--tuning-records", records, *shapes)
+tvmc("run", tuned, "--inputs", folder / "digits.npz", "--outputs", outputs)
+assert np.array_equal(np.load(outputs)["output_0"], logits)
