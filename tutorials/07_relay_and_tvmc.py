@@ -97,8 +97,8 @@ assert np.array_equal(np.load(outputs)["output_0"], logits)
 print("codes of the command line are those of the API")
 
 # %%
-# Its ``tune`` searches schedules on the simulated machine; ``compile --tuning-records`` uses what it
-# found. The records are those of ``mars tune``.
+# Its ``tune`` searches schedules on the simulated machine; ``compile --tuning-records`` uses what
+# it found. The records are those of ``mars tune``.
 
 records, tuned = folder / "tuned", folder / "tuned.tar"
 search = ["--trials", "16", "--tuner", "random", "--parallel", "1"]
