@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="resnet20 and vgg16 if none is given")
     parser.add_argument("--batch", type=int, default=Training().batch, help="the recipes' 128")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     arguments = parser.parse_args()
     if arguments.threads:
