@@ -303,7 +303,7 @@ class ConvTile:
         cells, data, span = self._partial_store()
         cells.write(span, self.start, self.end, whole)
         flat = np.ascontiguousarray(acc.astype("<i4")).view(np.uint8)
-        data[:, span] = flat.reshape(self.images, -1, WORD_BYTES)
+        data[:, span] = flat.reshape(self.images, self.partial_words, WORD_BYTES)
 
     def _finish(self, block: int, acc: Array, multiplier: Array, shift: Array) -> None:
         apw, view, rows, columns = self.apw, self.out, self.rows, self.columns
@@ -331,7 +331,7 @@ class ConvTile:
             self.images, *view.shape, timing.RAW_WORDS * WORD_BYTES
         )
         flat = np.ascontiguousarray(acc.astype("<i4")).view(np.uint8)
-        grid[:, block, rows, columns] = flat.reshape(*acc.shape[:3], -1)
+        grid[:, block, rows, columns] = flat.reshape(*acc.shape[:3], grid.shape[-1])
 
     def _residual(self, residual: isa.Residual, block: int, written: Any, out: _MapView) -> Array:
         view = _MapView(self.memory, residual)
@@ -353,7 +353,7 @@ class ConvTile:
 
 
 def _check_width(acc: Array) -> None:
-    if np.abs(acc).max() >= 2 ** (RAW_BITS - 1):
+    if np.abs(acc).max(initial=0) >= 2 ** (RAW_BITS - 1):
         raise MachineError(f"an accumulator leaves {RAW_BITS} bits")
 
 

@@ -28,7 +28,7 @@ from .packing import group_set_bytes, unpack_group_sets
 from .program import Region
 from .timeline import Event, LayerTime, Timeline
 
-__all__ = ["Machine", "simulate"]
+__all__ = ["Machine", "simulate", "transfer_words"]
 
 Array = npt.NDArray[Any]
 
@@ -226,8 +226,8 @@ class Machine:
         )
         if self.memory is not None:
             data, cells = self.memory.banks[move.bank], self.memory.bank_cells[move.bank]
-            bank = _words(move, move.base, move.plane, move.pitch)
-            offchip = _words(move, address, move.offchip_plane, move.offchip_pitch)
+            bank = transfer_words(move, move.base, move.plane, move.pitch)
+            offchip = transfer_words(move, address, move.offchip_plane, move.offchip_pitch)
             if inward:
                 self.memory.map_cells.read(offchip, start, end, whole)
                 cells.write(bank, start, end, whole)
@@ -528,7 +528,7 @@ def _check_span(move: isa.Move, base: int, plane: int, pitch: int, size: int, wh
         raise MachineError("rows or planes of a transfer overlap")
 
 
-def _words(move: isa.Move, base: int, plane: int, pitch: int) -> Array:
+def transfer_words(move: isa.Move, base: int, plane: int, pitch: int) -> Array:
     """Give the words of a MOVE on one side, in the order in which they travel."""
     grid = (
         base

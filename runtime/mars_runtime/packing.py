@@ -16,15 +16,17 @@ import numpy.typing as npt
 from .maps import WORD_CHANNELS
 
 __all__ = [
+    "LANES",
     "block_parameter_bytes",
     "group_set_bytes",
     "pack_group_sets",
     "pack_parameters",
     "unpack_group_sets",
+    "unpack_nibbles",
     "unpack_parameters",
 ]
 
-_LANES = 4  # inputs of one 32-bit dot-product step
+LANES = 4  # inputs of one 32-bit dot-product step
 
 
 def group_set_bytes(weight_bits: int) -> int:
@@ -34,7 +36,7 @@ def group_set_bytes(weight_bits: int) -> int:
 
 def pack_group_sets(weights: npt.NDArray[np.int8], weight_bits: int) -> npt.NDArray[np.uint8]:
     """Pack group-sets ``[n, output 16, input 16]`` to bytes ``[n, group_set_bytes]``."""
-    shaped = weights.reshape(-1, WORD_CHANNELS, WORD_CHANNELS // _LANES, _LANES)
+    shaped = weights.reshape(-1, WORD_CHANNELS, WORD_CHANNELS // LANES, LANES)
     flat = np.ascontiguousarray(shaped.swapaxes(1, 2)).reshape(len(shaped), -1).view(np.uint8)
     if weight_bits == 8:
         return flat
@@ -44,13 +46,17 @@ def pack_group_sets(weights: npt.NDArray[np.int8], weight_bits: int) -> npt.NDAr
 def unpack_group_sets(packed: npt.NDArray[np.uint8], weight_bits: int) -> npt.NDArray[np.int8]:
     """Unpack bytes to group-sets ``[n, input 16, output 16]``, the order of a matrix product."""
     flat = packed.reshape(-1, group_set_bytes(weight_bits))
-    if weight_bits == 4:
-        nibbles = np.empty((len(flat), 2 * flat.shape[1]), np.uint8)
-        nibbles[:, 0::2] = flat << 4
-        nibbles[:, 1::2] = flat & 0xF0
-        flat = (nibbles.view(np.int8) >> 4).view(np.uint8)
-    shaped = flat.view(np.int8).reshape(-1, WORD_CHANNELS // _LANES, WORD_CHANNELS, _LANES)
+    weights = unpack_nibbles(flat) if weight_bits == 4 else flat.view(np.int8)
+    shaped = weights.reshape(-1, WORD_CHANNELS // LANES, WORD_CHANNELS, LANES)
     return np.ascontiguousarray(shaped.swapaxes(2, 3)).reshape(-1, WORD_CHANNELS, WORD_CHANNELS)
+
+
+def unpack_nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+    """Unpack 4-bit weights ``[n, bytes]`` to ``[n, 2 * bytes]``."""
+    nibbles = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
+    nibbles[:, 0::2] = packed << 4
+    nibbles[:, 1::2] = packed & 0xF0
+    return nibbles.view(np.int8) >> 4
 
 
 def block_parameter_bytes(with_multiplier: bool) -> int:

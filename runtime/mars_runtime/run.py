@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, ProgramError
+from .arch import MarsArch
+from .engine import Engine, engine_of, thread_count
+from .errors import InputError, OptionError, ProgramError
 from .machine import Machine
 from .maps import WORD_BYTES
 from .program import Program, Region
 
-__all__ = ["run", "run_region"]
+__all__ = ["ENGINES", "run", "run_region"]
 
 Array = npt.NDArray[Any]
 
@@ -21,8 +24,18 @@ Array = npt.NDArray[Any]
 _BATCH_BYTES = 256 * 2**20
 
 
-def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+#: What executes a program: see :func:`run`.
+ENGINES = ("auto", "layers", "machine")
+
+
+def run(
+    program: Program, inputs: Mapping[str, npt.ArrayLike], *, engine: str | None = None
+) -> dict[str, Array]:
     """Run a whole program.
+
+    Every engine gives the same codes. ``machine`` executes the instructions on the simulated
+    memories. ``layers`` lifts whole layers off the program, which the machine checks without
+    images meanwhile, and computes them with the processor's dot-product instructions.
 
     Parameters
     ----------
@@ -30,6 +43,10 @@ def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Arra
         One whose operators are all on MARS.
     inputs : mapping of str to array
         For each model input a batch ``[N, ...]``.
+    engine : str, optional
+        ``layers``, ``machine``, or ``auto``: ``layers`` where a program is a sequence of whole
+        layers, as every compiled one is, else ``machine``. The environment variable
+        ``MARS_ENGINE`` names it if None; ``auto`` if there is none.
 
     Returns
     -------
@@ -41,7 +58,9 @@ def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Arra
     InputError
         If an array is missing, unknown, or of another shape or dtype.
     ProgramError
-        If the model also needs operators on the CPU.
+        If the model also needs operators on the CPU, or is not for the engine.
+    OptionError
+        If there is no such engine.
 
     Examples
     --------
@@ -67,7 +86,7 @@ def run(program: Program, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Arra
     values: dict[str, Array] = {name: np.asarray(array) for name, array in inputs.items()}
     for number, region in enumerate(program.regions):
         arrays = [_named(values, port.name) for port in region.inputs]
-        results = run_region(program, number, arrays)
+        results = run_region(program, number, arrays, engine=engine)
         values.update(zip((port.name for port in region.outputs), results, strict=True))
     return {name: _named(values, name) for name in program.outputs}
 
@@ -78,13 +97,17 @@ def _named(values: Mapping[str, Array], name: str) -> Array:
     return values[name]
 
 
-def run_region(program: Program, number: int, inputs: Sequence[Array]) -> list[Array]:
+def run_region(
+    program: Program, number: int, inputs: Sequence[Array], *, engine: str | None = None
+) -> list[Array]:
     """Run one region on a batch.
 
     Parameters
     ----------
     inputs : sequence of arrays
         For each port ``[N, *shape]`` of its dtype.
+    engine : str, optional
+        As for :func:`run`.
 
     Raises
     ------
@@ -92,37 +115,68 @@ def run_region(program: Program, number: int, inputs: Sequence[Array]) -> list[A
         If an array has another shape or dtype, holds NaN, or batches differ.
     """
     region = program.regions[number]
-    codes = _codes(region, inputs)
-    images = len(codes[0])
+    found = _engine(region, program.arch, engine)
+    images = _check(region, inputs)
+    results = [np.empty((images, *port.shape), port.dequantize.dtype) for port in region.outputs]
+
+    def give(part: slice) -> list[Array]:
+        return [
+            port.quantize.apply(array[part], f"input {port.name}").reshape(-1, *port.type.shape)
+            for port, array in zip(region.inputs, inputs, strict=True)
+        ]
+
+    def take(part: slice, outputs: Sequence[Array]) -> None:
+        for port, codes, result in zip(region.outputs, outputs, results, strict=True):
+            real = port.dequantize.apply(codes[:, : port.type.channels])
+            result[part] = real.reshape(-1, *port.shape)
+
+    if found is not None:
+        found.run(images, give, take, thread_count())
+        return results
     words = region.offchip_words + program.arch.banks * program.arch.bank_words
     step = max(1, _BATCH_BYTES // (words * WORD_BYTES))
-    # Each starts with no image, so that an empty batch gives an empty batch.
-    parts = [[np.zeros((0, *port.type.shape), np.uint8)] for port in region.outputs]
     for at in range(0, images, step):
-        machine = Machine(region, program.arch, images=min(step, images - at))
-        for port, array in enumerate(codes):
-            machine.write_input(port, array[at : at + step])
-        machine.run()
-        for port in range(len(region.outputs)):
-            parts[port].append(machine.read_output(port))
-    return [
-        port.dequantize.apply(np.concatenate(found)).reshape(-1, *port.shape)
-        for port, found in zip(region.outputs, parts, strict=True)
-    ]
+        part = slice(at, min(images, at + step))
+        take(part, _execute(region, program.arch, give(part)))
+    return results
 
 
-def _codes(region: Region, inputs: Sequence[Array]) -> list[Array]:
+def _engine(region: Region, arch: MarsArch, wanted: str | None) -> Engine | None:
+    """Give the engine of whole layers, or None for the machine."""
+    name = wanted or os.environ.get("MARS_ENGINE") or "auto"
+    if name not in ENGINES:
+        raise OptionError(
+            f"{name!r} is no engine", where="engine", hint=f"one of {', '.join(ENGINES)}"
+        )
+    if name == "machine":
+        return None
+    found = engine_of(region, arch)
+    if found is None and name == "layers":
+        raise ProgramError(
+            "is no sequence of whole layers", where="region", hint="run it with engine='machine'"
+        )
+    return found
+
+
+def _execute(region: Region, arch: MarsArch, codes: Sequence[Array]) -> list[Array]:
+    """Run some images on the machine."""
+    machine = Machine(region, arch, images=len(codes[0]))
+    for port, array in enumerate(codes):
+        machine.write_input(port, array)
+    machine.run()
+    return [machine.read_output(port) for port in range(len(region.outputs))]
+
+
+def _check(region: Region, inputs: Sequence[Array]) -> int:
+    """Refuse arrays of other shapes; give the size of the batch."""
     if len(inputs) != len(region.inputs):
         raise InputError(f"{len(inputs)} arrays for {len(region.inputs)} inputs", where="region")
-    found = []
     for port, array in zip(region.inputs, inputs, strict=True):
-        where = f"input {port.name}"
         if array.ndim != len(port.shape) + 1 or array.shape[1:] != port.shape:
             raise InputError(
                 f"shape {array.shape}, expected (N, {', '.join(map(str, port.shape))})",
-                where=where,
+                where=f"input {port.name}",
             )
-        found.append(port.quantize.apply(array, where).reshape(-1, *port.type.shape))
-    if len({len(codes) for codes in found}) > 1:
-        raise InputError(f"batches of {[len(codes) for codes in found]} images", where="inputs")
-    return found
+    if len({len(array) for array in inputs}) > 1:
+        raise InputError(f"batches of {[len(array) for array in inputs]} images", where="inputs")
+    return len(inputs[0])

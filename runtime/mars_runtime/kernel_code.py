@@ -1,0 +1,677 @@
+"""Kernels of the exact engine as LLVM IR, by shape.
+
+A kernel does one layer's share: it is made for the places of the pixels that it holds in registers
+and for its requantization, not for a network's weights, so that networks of equal shapes share it.
+It gets a step, a record of pointers and numbers (:data:`FIELDS`), and the number of its thread.
+
+All arithmetic is on integers, or on floating point numbers that hold every product exactly; what
+rounds then is a single addition, half to even.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import attrs
+
+__all__ = [
+    "FIELDS",
+    "PARAMETER_BYTES",
+    "VARIANTS",
+    "AddKernel",
+    "ConvKernel",
+    "Kernel",
+    "PoolKernel",
+    "Requantization",
+    "module_text",
+]
+
+#: 64-bit words of a step, in order.
+FIELDS = (
+    "kernel",  # its address
+    "work",  # per thread: first block, last, first tile, last
+    "source0",
+    "source1",
+    "source2",
+    "source3",
+    "residual",
+    "out",
+    "starts",  # int32 [block][source] + 1: numbers of the first vectors
+    "offsets",  # int32: where each vector's inputs lie, from the tile's first pixel
+    "weights",  # 64 bytes each
+    "parameters",
+    "tiles",  # int32 [tile][source..., residual, out]: byte offsets
+    "source_block",  # bytes from block to block, of pools and additions
+    "residual_block",
+    "out_block",
+    "least",  # what accumulators are clamped to before they are scaled
+    "most",
+    "zero",
+    "low",
+    "high",
+    "residual_shift",
+    "row",  # pools: bytes from position to position
+    "column",
+    "source_zero",
+    "multiplier",
+    "shift",
+    "multiplier0",
+    "multiplier1",
+)
+_FIELD = {name: number for number, name in enumerate(FIELDS)}
+
+#: Parameters of a kernel block: bias, float32 scale, then each of 8 bytes: float64 scale or integer
+#: multiplier, shift, what is added before it, the mask of the bit that breaks ties.
+PARAMETER_BYTES = 64 + 64 + 4 * 128
+
+#: How four u8 x s8 products are added to sixteen sums, best first, and pixels held in registers.
+VARIANTS = {"avx512-vnni": 16, "avx-vnni": 6, "avx2": 6, "portable": 4}
+
+Requantization: TypeAlias = Literal["float32", "float64", "int64", "raw"]
+
+
+@attrs.frozen
+class ConvKernel:
+    """A convolution of the pixels of one tile with the group-sets of each block.
+
+    Parameters
+    ----------
+    variant : str
+        One of :data:`VARIANTS`.
+    sources : tuples of int
+        For each source the byte offset of every pixel from the tile's first.
+    shifts : tuple of int
+        For each source how far the sum is shifted left behind it.
+    residual : tuple of int or None
+        Byte offsets of the residual's pixels.
+    window : int
+        Pixels, one after the other, of which the largest is written.
+    out : tuple of int
+        Byte offsets of the windows' results.
+    requantization : str
+        In what numbers accumulators are scaled.
+    monotone : bool
+        Whether the larger accumulator gives the larger code.
+    clamped, trivial : bool
+        Whether accumulators are clamped before they are scaled; whether codes need neither zero
+        point nor clamp.
+    split : int
+        Vectors that are summed side by side, for tiles of few pixels.
+    """
+
+    variant: str
+    sources: tuple[tuple[int, ...], ...]
+    shifts: tuple[int, ...]
+    residual: tuple[int, ...] | None
+    window: int
+    out: tuple[int, ...]
+    requantization: Requantization
+    monotone: bool
+    clamped: bool
+    trivial: bool
+    split: int
+
+    def text(self, name: str, fma: bool) -> str:
+        """Give the kernel's LLVM IR."""
+        return _conv(self, name, fma)
+
+
+@attrs.frozen
+class PoolKernel:
+    """A pooling pass; a tile is a pixel: offsets, rows and columns inside the map, divisor."""
+
+    average: bool
+
+    def text(self, name: str, fma: bool) -> str:
+        """Give the kernel's LLVM IR."""
+        return _pool(self, name)
+
+
+@attrs.frozen
+class AddKernel:
+    """An addition of ``operands`` maps; a tile is a pixel."""
+
+    operands: int
+
+    def text(self, name: str, fma: bool) -> str:
+        """Give the kernel's LLVM IR."""
+        return _add(self, name)
+
+
+Kernel: TypeAlias = ConvKernel | PoolKernel | AddKernel
+
+
+# -- LLVM IR ---------------------------------------------------------------------------------------
+
+_I32 = "<16 x i32>"
+_I64 = "<16 x i64>"
+
+
+class _Code:
+    """Lines of a function, with names for values."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.count = 0
+
+    def name(self) -> str:
+        self.count += 1
+        return f"%v{self.count}"
+
+    def set(self, expression: str) -> str:
+        name = self.name()
+        self.lines.append(f"  {name} = {expression}")
+        return name
+
+    def do(self, statement: str) -> None:
+        self.lines.append(f"  {statement}")
+
+    def label(self, label: str) -> None:
+        self.lines.append(f"{label}:")
+
+    def at(self, base: str, offset: str | int, size: int = 1) -> str:
+        scaled = offset if size == 1 else self.set(f"mul i64 {offset}, {size}")
+        return self.set(f"getelementptr i8, ptr {base}, i64 {scaled}")
+
+    def load(self, type: str, pointer: str, align: int) -> str:
+        return self.set(f"load {type}, ptr {pointer}, align {align}")
+
+    def field(self, field: str, type: str = "i64") -> str:
+        return self.load(type, self.at("%step", 8 * _FIELD[field]), 8)
+
+    def number(self, pointer: str) -> str:
+        """Load an int32 as int64."""
+        return self.set(f"sext i32 {self.load('i32', pointer, 4)} to i64")
+
+    def splat(self, value: str, type: str = "i32") -> str:
+        vector = f"<16 x {type}>"
+        one = self.set(f"insertelement {vector} poison, {type} {value}, i64 0")
+        return self.set(
+            f"shufflevector {vector} {one}, {vector} poison, <16 x i32> zeroinitializer"
+        )
+
+    def constant(self, field: str, type: str = "i32") -> str:
+        value = self.field(field)
+        if type != "i64":
+            value = self.set(f"trunc i64 {value} to {type}")
+        return self.splat(value, type)
+
+    def binary(self, operation: str, type: str, a: str, b: str) -> str:
+        return self.set(f"{operation} {type} {a}, {b}")
+
+    def call(self, function: str, type: str, *arguments: str) -> str:
+        given = ", ".join(f"{type} {argument}" for argument in arguments)
+        return self.set(f"call {type} @llvm.{function}({given})")
+
+    @contextlib.contextmanager
+    def loop(self, label: str, first: str, stop: str, step: int = 1) -> Iterator[str]:
+        """Count from first to stop; nothing but memory is carried around."""
+        before, head, body, last, after = (f"{label}.{part}" for part in ("b", "h", "i", "l", "a"))
+        index, following = f"%{label}", f"%{label}.n"
+        self.do(f"br label %{before}")
+        self.label(before)
+        self.do(f"br label %{head}")
+        self.label(head)
+        self.do(f"{index} = phi i64 [ {first}, %{before} ], [ {following}, %{last} ]")
+        more = self.set(f"icmp slt i64 {index}, {stop}")
+        self.do(f"br i1 {more}, label %{body}, label %{after}")
+        self.label(body)
+        yield index
+        self.do(f"br label %{last}")
+        self.label(last)
+        self.do(f"{following} = add i64 {index}, {step}")
+        self.do(f"br label %{head}")
+        self.label(after)
+
+    def work(self) -> list[str]:
+        """Give this thread's blocks and tiles."""
+        table = self.at(self.field("work", "ptr"), "%thread", 32)
+        return [self.load("i64", self.at(table, 8 * i), 8) for i in range(4)]
+
+    def function(self, name: str) -> str:
+        body = "\n".join(self.lines)
+        return f"define void @{name}(ptr %step, i64 %thread) #0 {{\n{body}\n  ret void\n}}\n"
+
+
+def _halves(code: _Code, value: str, type: str = "i32", count: int = 8) -> list[str]:
+    vector = f"<{2 * count} x {type}>"
+    found = []
+    for first in (0, count):
+        lanes = ", ".join(f"i32 {first + i}" for i in range(count))
+        found.append(
+            code.set(f"shufflevector {vector} {value}, {vector} poison, <{count} x i32> <{lanes}>")
+        )
+    return found
+
+
+def _joined(code: _Code, halves: Sequence[str]) -> str:
+    lanes = ", ".join(f"i32 {i}" for i in range(16))
+    low, high = halves
+    return code.set(f"shufflevector <8 x i32> {low}, <8 x i32> {high}, <16 x i32> <{lanes}>")
+
+
+class _Dot:
+    """Adds products of four inputs and a vector's 16 x 4 weights to sixteen sums."""
+
+    def __init__(self, code: _Code, variant: str, pointer: str) -> None:
+        self.code, self.variant = code, variant
+        weights = code.load(_I32, pointer, 64)
+        if variant == "avx512-vnni":
+            self.weights = [weights]
+        elif variant == "avx-vnni":
+            self.weights = _halves(code, weights)
+        else:
+            # Bytes 0 and 2, and bytes 1 and 3, as pairs of int16.
+            pairs = code.set(f"bitcast {_I32} {weights} to <32 x i16>")
+            eight = "splat (i16 8)"
+            even = code.binary("shl", "<32 x i16>", pairs, eight)
+            self.weights = [
+                code.binary("ashr", "<32 x i16>", even, eight),
+                code.binary("ashr", "<32 x i16>", pairs, eight),
+            ]
+
+    def add(self, acc: str, pointer: str) -> str:
+        code = self.code
+        inputs = code.load("i32", pointer, 4)
+        if self.variant == "avx512-vnni":
+            return code.call(
+                "x86.avx512.vpdpbusd.512", _I32, acc, code.splat(inputs), self.weights[0]
+            )
+        if self.variant == "avx-vnni":
+            given = _halves(code, code.splat(inputs))
+            parts = [
+                code.call("x86.avx512.vpdpbusd.256", "<8 x i32>", *triple)
+                for triple in zip(_halves(code, acc), given, self.weights, strict=True)
+            ]
+            return _joined(code, parts)
+        odd = code.set(f"lshr i32 {inputs}, 8")
+        for part, held in zip((inputs, odd), self.weights, strict=True):
+            pair = code.splat(code.set(f"and i32 {part}, {0x00FF00FF}"))
+            pairs = code.set(f"bitcast {_I32} {pair} to <32 x i16>")
+            acc = code.binary("add", _I32, acc, self._pairs(pairs, held))
+        return acc
+
+    def _pairs(self, given: str, weights: str) -> str:
+        code = self.code
+        if self.variant == "avx2":
+            parts = [
+                code.set(f"call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> {a}, <16 x i16> {b})")
+                for a, b in zip(
+                    _halves(code, given, "i16", 16), _halves(code, weights, "i16", 16), strict=True
+                )
+            ]
+            return _joined(code, parts)
+        # 255 * -128 fits an int16; the sum of two does not.
+        product = code.binary("mul", "<32 x i16>", given, weights)
+        both = code.set(f"bitcast <32 x i16> {product} to {_I32}")
+        sixteen = "splat (i32 16)"
+        low = code.binary("ashr", _I32, code.binary("shl", _I32, both, sixteen), sixteen)
+        return code.binary("add", _I32, low, code.binary("ashr", _I32, both, sixteen))
+
+
+# 1.5 * 2**23 and 1.5 * 2**52: added to a smaller number, the sum's last bits are its integer.
+_MAGIC32, _MAGIC64 = 0x4B400000, 0x4338000000000000
+# LLVM IR writes either as the bits of a double.
+_MAGICS = {True: "0x4168000000000000", False: "0x4338000000000000"}
+
+
+class _Requantizer:
+    """Turns accumulators into codes, with what a block's parameters and the step say."""
+
+    def __init__(self, code: _Code, kernel: ConvKernel, fma: bool) -> None:
+        self.code, self.kernel, self.fma = code, kernel, fma
+        if kernel.requantization == "raw":
+            return
+        if kernel.clamped:
+            self.least, self.most = code.constant("least"), code.constant("most")
+        self.zero, self.low, self.high = (code.constant(n) for n in ("zero", "low", "high"))
+        magic = _MAGIC32 if kernel.requantization == "float32" else _MAGIC64 & 0xFFFFFFFF
+        self.offset = code.set(f"sub {_I32} splat (i32 {magic}), {self.zero}")
+
+    def block(self, parameters: str) -> None:
+        code, kind = self.code, self.kernel.requantization
+        if kind == "float32":
+            self.scale = code.load("<16 x float>", code.at(parameters, 64), 64)
+        elif kind == "float64":
+            self.scale = code.load("<16 x double>", code.at(parameters, 128), 64)
+        elif kind == "int64":
+            self.multiplier, self.shift, self.addend, self.odd = (
+                code.load(_I64, code.at(parameters, 128 * i), 64) for i in (1, 2, 3, 4)
+            )
+
+    def codes(self, acc: str) -> str:
+        code, kernel = self.code, self.kernel
+        if kernel.requantization == "raw":
+            return acc
+        if kernel.clamped:
+            acc = code.call("smax.v16i32", _I32, acc, self.least)
+            acc = code.call("smin.v16i32", _I32, acc, self.most)
+        if kernel.requantization == "int64":
+            wide = code.set(f"sext {_I32} {acc} to {_I64}")
+            found = _rounded(
+                code,
+                code.binary("mul", _I64, wide, self.multiplier),
+                self.shift,
+                self.addend,
+                self.odd,
+            )
+            return _clamped64(code, found, self.zero, self.low, self.high)
+        found = code.binary("sub", _I32, self._steps(acc), self.offset)
+        if kernel.trivial:
+            return found
+        found = code.call("smax.v16i32", _I32, found, self.low)
+        return code.call("smin.v16i32", _I32, found, self.high)
+
+    def _steps(self, acc: str) -> str:
+        """Scale and round to the last bits of a floating point number."""
+        code = self.code
+        single = self.kernel.requantization == "float32"
+        type, suffix = ("<16 x float>", "v16f32") if single else ("<16 x double>", "v16f64")
+        magic = f"splat ({'float' if single else 'double'} {_MAGICS[single]})"
+        real = code.set(f"sitofp {_I32} {acc} to {type}")
+        if self.fma:
+            real = code.call(f"fma.{suffix}", type, real, self.scale, magic)
+        else:
+            real = code.binary("fadd", type, code.binary("fmul", type, real, self.scale), magic)
+        if single:
+            return code.set(f"bitcast {type} {real} to {_I32}")
+        bits = code.set(f"bitcast {type} {real} to {_I64}")
+        return code.set(f"trunc {_I64} {bits} to {_I32}")
+
+
+def _rounded(code: _Code, value: str, shift: str, addend: str, odd: str) -> str:
+    """Shift int64 right and round half to even."""
+    bit = code.binary("and", _I64, code.binary("ashr", _I64, value, shift), odd)
+    raised = code.binary("add", _I64, code.binary("add", _I64, value, addend), bit)
+    return code.binary("ashr", _I64, raised, shift)
+
+
+def _clamped64(code: _Code, value: str, zero: str, low: str, high: str) -> str:
+    """Add the zero point to int64 and clamp, to int32."""
+    zero, low, high = (code.set(f"sext {_I32} {v} to {_I64}") for v in (zero, low, high))
+    found = code.binary("add", _I64, value, zero)
+    found = code.call("smax.v16i64", _I64, found, low)
+    found = code.call("smin.v16i64", _I64, found, high)
+    return code.set(f"trunc {_I64} {found} to {_I32}")
+
+
+def _conv(kernel: ConvKernel, name: str, fma: bool) -> str:
+    code = _Code()
+    code.label("entry")
+    count = len(kernel.sources)
+    pixels = kernel.window * len(kernel.out)
+    first_block, last_block, first_tile, last_tile = code.work()
+    sources = [code.field(f"source{i}", "ptr") for i in range(count)]
+    pointers = ("starts", "offsets", "weights", "parameters", "tiles", "out")
+    starts, offsets, weights, parameters, tiles, out = (code.field(n, "ptr") for n in pointers)
+    out_block = code.field("out_block")
+    requantizer = _Requantizer(code, kernel, fma)
+    if kernel.residual is not None:
+        residual, residual_block = code.field("residual", "ptr"), code.field("residual_block")
+        residual_shift = code.constant("residual_shift")
+    with code.loop("block", first_block, last_block) as block:
+        own = code.at(parameters, block, PARAMETER_BYTES)
+        bias = code.load(_I32, own, 64)
+        requantizer.block(own)
+        to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
+        if kernel.residual is not None:
+            add = code.at(residual, code.set(f"mul i64 {block}, {residual_block}"))
+        ends = code.at(starts, block, 4 * count)
+        limits = [code.number(code.at(ends, 4 * i)) for i in range(count + 1)]
+        with code.loop("tile", first_tile, last_tile) as tile:
+            entry = code.at(tiles, tile, 4 * (count + 2))
+            shifted = any(kernel.shifts)
+            sums = ["zeroinitializer" if shifted else bias] * pixels
+            for i, (source, places) in enumerate(zip(sources, kernel.sources, strict=True)):
+                base = code.at(source, code.number(code.at(entry, 4 * i)))
+                vectors = (offsets, weights, limits[i], limits[i + 1])
+                sums = _vectors(code, kernel, f"vector{i}", base, places, vectors, sums)
+                if kernel.shifts[i]:
+                    by = f"splat (i32 {kernel.shifts[i]})"
+                    sums = [code.binary("shl", _I32, acc, by) for acc in sums]
+            if shifted:
+                sums = [code.binary("add", _I32, acc, bias) for acc in sums]
+            if kernel.residual is not None:
+                at = code.at(add, code.number(code.at(entry, 4 * count)))
+                for i, place in enumerate(kernel.residual):
+                    codes = code.load("<16 x i8>", code.at(at, place), 16)
+                    wide = code.set(f"zext <16 x i8> {codes} to {_I32}")
+                    wide = code.binary("shl", _I32, wide, residual_shift)
+                    sums[i] = code.binary("add", _I32, sums[i], wide)
+            if not kernel.monotone:
+                sums = [requantizer.codes(acc) for acc in sums]
+            at = code.at(to, code.number(code.at(entry, 4 * count + 4)))
+            for i, place in enumerate(kernel.out):
+                window = sums[i * kernel.window : (i + 1) * kernel.window]
+                best = functools.reduce(lambda a, b: code.call("smax.v16i32", _I32, a, b), window)
+                if kernel.monotone:
+                    best = requantizer.codes(best)
+                if kernel.requantization == "raw":
+                    code.do(f"store {_I32} {best}, ptr {code.at(at, place)}, align 64")
+                    continue
+                narrow = code.set(f"trunc {_I32} {best} to <16 x i8>")
+                code.do(f"store <16 x i8> {narrow}, ptr {code.at(at, place)}, align 16")
+    return code.function(name)
+
+
+def _vectors(
+    code: _Code,
+    kernel: ConvKernel,
+    label: str,
+    base: str,
+    places: Sequence[int],
+    vectors: tuple[str, str, str, str],
+    sums: Sequence[str],
+) -> list[str]:
+    """Loop over a block's vectors; ``split`` sums of every pixel run side by side."""
+    offsets, weights, first, stop = vectors
+    before, head, body, after = (f"{label}.{part}" for part in ("b", "h", "i", "a"))
+    begun = [*sums, *["zeroinitializer"] * (len(sums) * (kernel.split - 1))]
+    code.do(f"br label %{before}")
+    code.label(before)
+    code.do(f"br label %{head}")
+    code.label(head)
+    index, following = f"%{label}", f"%{label}.n"
+    code.do(f"{index} = phi i64 [ {first}, %{before} ], [ {following}, %{body} ]")
+    held = [f"%{label}.s{i}" for i in range(len(begun))]
+    phis = len(code.lines)  # written when the names of what they carry are known
+    more = code.set(f"icmp slt i64 {index}, {stop}")
+    code.do(f"br i1 {more}, label %{body}, label %{after}")
+    code.label(body)
+    given: list[str] = []
+    for part in range(kernel.split):
+        vector = code.set(f"add i64 {index}, {part}")
+        pixel = code.at(base, code.number(code.at(offsets, vector, 4)))
+        dot = _Dot(code, kernel.variant, code.at(weights, vector, 64))
+        for i, place in enumerate(places):
+            number = part * len(places) + i
+            given.append(dot.add(held[number], code.at(pixel, place)))
+    code.do(f"{following} = add i64 {index}, {kernel.split}")
+    code.do(f"br label %{head}")
+    code.label(after)
+    code.lines[phis:phis] = [
+        f"  {acc} = phi {_I32} [ {start}, %{before} ], [ {end}, %{body} ]"
+        for acc, start, end in zip(held, begun, given, strict=True)
+    ]
+    count = len(sums)
+    return [
+        functools.reduce(lambda a, b: code.binary("add", _I32, a, b), held[i::count])
+        for i in range(count)
+    ]
+
+
+def _pool(kernel: PoolKernel, name: str) -> str:
+    code = _Code()
+    code.label("entry")
+    first_block, last_block, first_tile, last_tile = code.work()
+    source, tiles, out = (code.field(n, "ptr") for n in ("source0", "tiles", "out"))
+    source_block, out_block = code.field("source_block"), code.field("out_block")
+    row, column = code.field("row"), code.field("column")
+    zero, low, high = (code.constant(n) for n in ("zero", "low", "high"))
+    source_zero = code.field("source_zero")
+    multiplier, shift = code.constant("multiplier", "i64"), code.field("shift")
+    sums = code.set(f"alloca {_I32}, align 64")
+    with code.loop("block", first_block, last_block) as block:
+        inputs = code.at(source, code.set(f"mul i64 {block}, {source_block}"))
+        to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
+        with code.loop("tile", first_tile, last_tile) as tile:
+            entry = code.at(tiles, tile, 4 * 5)
+            at, end, rows, columns, divisor = (code.number(code.at(entry, 4 * i)) for i in range(5))
+            code.do(f"store {_I32} zeroinitializer, ptr {sums}, align 64")
+            with code.loop("y", "0", rows) as y:
+                line = code.at(
+                    inputs, code.binary("add", "i64", at, code.set(f"mul i64 {y}, {row}"))
+                )
+                with code.loop("x", "0", columns) as x:
+                    pixel = code.at(line, code.set(f"mul i64 {x}, {column}"))
+                    codes = code.load("<16 x i8>", pixel, 16)
+                    wide = code.set(f"zext <16 x i8> {codes} to {_I32}")
+                    held = code.load(_I32, sums, 64)
+                    found = (
+                        code.binary("add", _I32, held, wide)
+                        if kernel.average
+                        else code.call("smax.v16i32", _I32, held, wide)
+                    )
+                    code.do(f"store {_I32} {found}, ptr {sums}, align 64")
+            found = code.load(_I32, sums, 64)
+            if kernel.average:
+                inside = code.binary("mul", "i64", rows, columns)
+                less = code.splat(code.binary("mul", "i64", inside, source_zero), "i64")
+                wide = code.set(f"sext {_I32} {found} to {_I64}")
+                total = code.binary("sub", _I64, wide, less)
+                total = code.binary("mul", _I64, total, multiplier)
+                by = code.splat(code.binary("shl", "i64", divisor, shift), "i64")
+                found = _clamped64(code, _divided(code, total, by), zero, low, high)
+            narrow = code.set(f"trunc {_I32} {found} to <16 x i8>")
+            code.do(f"store <16 x i8> {narrow}, ptr {code.at(to, end)}, align 16")
+    return code.function(name)
+
+
+def _divided(code: _Code, value: str, divisor: str) -> str:
+    """Divide int64 by positive ones and round half to even."""
+    quotient = code.binary("sdiv", _I64, value, divisor)
+    rest = code.binary("sub", _I64, value, code.binary("mul", _I64, quotient, divisor))
+    negative = code.set(f"icmp slt {_I64} {rest}, zeroinitializer")
+    less = code.set(f"sext <16 x i1> {negative} to {_I64}")
+    quotient = code.binary("add", _I64, quotient, less)
+    rest = code.binary("add", _I64, rest, code.binary("and", _I64, less, divisor))
+    other = code.binary("sub", _I64, divisor, rest)
+    above = code.set(f"icmp sgt {_I64} {rest}, {other}")
+    tie = code.set(f"icmp eq {_I64} {rest}, {other}")
+    odd = code.set(f"trunc {_I64} {quotient} to <16 x i1>")
+    up = code.binary("or", "<16 x i1>", above, code.binary("and", "<16 x i1>", tie, odd))
+    return code.binary("add", _I64, quotient, code.set(f"zext <16 x i1> {up} to {_I64}"))
+
+
+def _add(kernel: AddKernel, name: str) -> str:
+    code = _Code()
+    code.label("entry")
+    first_block, last_block, first_tile, last_tile = code.work()
+    sources = [code.field(f"source{i}", "ptr") for i in range(kernel.operands)]
+    factors = [code.constant(f"multiplier{i}", "i64") for i in range(kernel.operands)]
+    tiles, out = code.field("tiles", "ptr"), code.field("out", "ptr")
+    # Maps differ in size: each source has its own step from block to block.
+    blocks = [code.field(n) for n in ("source_block", "residual_block")[: kernel.operands]]
+    out_block = code.field("out_block")
+    zero, low, high = (code.constant(n) for n in ("zero", "low", "high"))
+    own = code.field("parameters", "ptr")
+    bias, multiplier, shift, addend, odd = (
+        code.load(_I64, code.at(own, 128 * i), 64) for i in range(5)
+    )
+    with code.loop("block", first_block, last_block) as block:
+        inputs = [
+            code.at(source, code.set(f"mul i64 {block}, {step}"))
+            for source, step in zip(sources, blocks, strict=True)
+        ]
+        to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
+        with code.loop("tile", first_tile, last_tile) as tile:
+            entry = code.at(tiles, tile, 4 * (kernel.operands + 1))
+            total = bias  # what the zero points take away
+            for i, factor in enumerate(factors):
+                pixel = code.at(inputs[i], code.number(code.at(entry, 4 * i)))
+                codes = code.load("<16 x i8>", pixel, 16)
+                wide = code.set(f"zext <16 x i8> {codes} to {_I64}")
+                product = code.binary("mul", _I64, wide, factor)
+                total = code.binary("add", _I64, total, product)
+            total = code.binary("mul", _I64, total, multiplier)
+            found = _clamped64(code, _rounded(code, total, shift, addend, odd), zero, low, high)
+            end = code.number(code.at(entry, 4 * kernel.operands))
+            narrow = code.set(f"trunc {_I32} {found} to <16 x i8>")
+            code.do(f"store <16 x i8> {narrow}, ptr {code.at(to, end)}, align 16")
+    return code.function(name)
+
+
+# Executes steps in order. Threads meet behind each step: a counter, and who yields the processor.
+_RUNNER = """
+define void @run(ptr %steps, i64 %count, i64 %thread, i64 %threads, ptr %meeting) #0 {
+entry:
+  %yield.at = getelementptr i64, ptr %meeting, i64 8
+  %alone = icmp sle i64 %threads, 1
+  br label %next
+next:
+  %n = phi i64 [ 0, %entry ], [ %n.n, %done ]
+  %more = icmp slt i64 %n, %count
+  br i1 %more, label %step, label %end
+step:
+  %at = mul i64 %n, STEP_BYTES
+  %record = getelementptr i8, ptr %steps, i64 %at
+  %kernel = load ptr, ptr %record, align 8
+  call void %kernel(ptr %record, i64 %thread)
+  %n.n = add i64 %n, 1
+  br i1 %alone, label %done, label %meet
+meet:
+  %arrived = atomicrmw add ptr %meeting, i64 1 seq_cst
+  %goal = mul i64 %n.n, %threads
+  br label %spin
+spin:
+  %turn = phi i64 [ 0, %meet ], [ %turn.n, %again ]
+  %seen = load atomic i64, ptr %meeting acquire, align 8
+  %all = icmp sge i64 %seen, %goal
+  br i1 %all, label %done, label %wait
+wait:
+  %turn.n = add i64 %turn, 1
+  PAUSE
+  %long = icmp sgt i64 %turn, 4000
+  %yield = load ptr, ptr %yield.at, align 8
+  %can = icmp ne ptr %yield, null
+  %gives = and i1 %long, %can
+  br i1 %gives, label %give, label %again
+give:
+  %ignored = call i32 %yield()
+  br label %again
+again:
+  br label %spin
+done:
+  br label %next
+end:
+  ret void
+}
+""".replace("STEP_BYTES", str(8 * len(FIELDS)))
+
+_DECLARATIONS = """
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
+declare <16 x i64> @llvm.smax.v16i64(<16 x i64>, <16 x i64>)
+declare <16 x i64> @llvm.smin.v16i64(<16 x i64>, <16 x i64>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x double> @llvm.fma.v16f64(<16 x double>, <16 x double>, <16 x double>)
+"""
+_X86_DECLARATIONS = """
+declare void @llvm.x86.sse2.pause()
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
+declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+"""
+
+
+def module_text(kernels: Iterable[Kernel], triple: str, features: Mapping[str, bool]) -> str:
+    """Give the LLVM IR of a module: ``run``, and ``kernel<i>`` for each kernel."""
+    x86 = triple.startswith(("x86_64", "i686", "amd64"))
+    fma = features.get("fma", not x86)
+    runner = _RUNNER.replace("PAUSE", "call void @llvm.x86.sse2.pause()" if x86 else "")
+    parts = [f'target triple = "{triple}"', _DECLARATIONS, _X86_DECLARATIONS if x86 else "", runner]
+    parts += [kernel.text(f"kernel{number}", fma) for number, kernel in enumerate(kernels)]
+    return "\n".join([*parts, "attributes #0 = { nounwind }"])
