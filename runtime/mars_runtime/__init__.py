@@ -21,10 +21,11 @@ from .errors import (
 )
 from .machine import Machine, simulate
 from .program import Program, Region, load_cached
-from .run import run, run_region
+from .run import ENGINES, run, run_region
 from .timeline import Counters, LayerTime, Timeline
 
 __all__ = [
+    "ENGINES",
     "PRESETS",
     "ArchError",
     "CapacityError",

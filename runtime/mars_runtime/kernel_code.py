@@ -634,7 +634,7 @@ spin:
 wait:
   %turn.n = add i64 %turn, 1
   PAUSE
-  %long = icmp sgt i64 %turn, 4000
+  %long = icmp sgt i64 %turn, 200
   %yield = load ptr, ptr %yield.at, align 8
   %can = icmp ne ptr %yield, null
   %gives = and i1 %long, %can

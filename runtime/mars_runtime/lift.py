@@ -593,7 +593,8 @@ class _Lifter(Machine):
             # The residual has the pixels of the convolution, before the pool.
             source = self.maps[residual[0]]
             size = (out.height * apw.pool_height, out.width * apw.pool_width)
-            _require((source.height, source.width) == size, "a residual of another size")
+            fits = source.height >= size[0] and source.width >= size[1]
+            _require(fits, "a residual of another size")
             _require(source.blocks >= out.blocks and source.bits < RAW_BITS, "residual missing")
         worst = self._worst(layer)
         _require(worst < 2 ** (RAW_BITS - 1), f"accumulators may reach {worst}")

@@ -1,0 +1,436 @@
+"""The exact engine: code for code the reference, with every kernel that this processor executes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import mars_runtime
+from mars_runtime import PRESETS, InputError, OptionError, ProgramError, isa, native
+from mars_runtime.cache import cache_folder, kept
+from mars_runtime.engine import CHUNKS, Engine, engine_of
+from mars_runtime.errors import MachineError
+from mars_runtime.layers import ConvLayer, Layers, dump, load
+from mars_runtime.lift import NotLifted, lift
+from mars_runtime.plan import Plan, _Scaling
+from mars_runtime.program import Region
+from mars_runtime.quantize import Dequantize, Quantize
+from python_tests.random_graphs import random_inputs
+from python_tests.test_machine import MACHINES, network_of
+from tvm_mars.compiler import NamedGraph, build, build_region
+from tvm_mars.graph import (
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    MapType,
+    Output,
+    Pool,
+    Requant,
+    Residual,
+    evaluate_values,
+    window_size,
+)
+from tvm_mars.networks import resnet20, vgg16
+
+MARS = PRESETS["mars"]
+VARIANTS = native.variants()
+
+
+def lifted(graph: Graph, arch=MARS) -> Layers:
+    return lift(build_region(NamedGraph.of(graph), arch), arch)
+
+
+def run_engine(engine: Engine, codes: Sequence[np.ndarray], threads: int = 1) -> list[np.ndarray]:
+    parts: dict[int, list[np.ndarray]] = {}
+
+    def take(part, outputs):
+        parts[part.start] = [np.array(output) for output in outputs]
+
+    engine.run(len(codes[0]), lambda part: [array[part] for array in codes], take, threads)
+    return [np.concatenate([parts[at][i] for at in sorted(parts)]) for i in range(len(parts[0]))]
+
+
+def assert_exact(
+    graph: Graph, network: Layers, codes: dict[str, np.ndarray], variant: str, threads: int = 1
+) -> None:
+    values = evaluate_values(graph, codes)
+    engine = Engine(network, variant)
+    engine.work = 2**40  # enough that threads share even these
+    found = run_engine(engine, [codes[entry.name] for entry in graph.inputs], threads)
+    for out, output in zip(graph.outputs, found, strict=True):
+        expected = values[out.value]
+        np.testing.assert_array_equal(output[:, : expected.shape[1]], expected, out.value)
+
+
+def test_the_portable_kernels_are_everywhere():
+    assert VARIANTS[-1] == "portable"
+
+
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_random_networks(variant, part, first_seed):
+    """On machines whose tiles, partial sums and spills differ; batches that fill no chunk."""
+    names = list(MACHINES)
+    for number in range(3):
+        seed = first_seed + 3 * part + number
+        arch = MACHINES[names[seed % len(names)]]
+        graph = network_of(seed)
+        images = (1, 3, 16 + 5)[number]
+        try:
+            network = lifted(graph, arch)
+        except mars_runtime.CapacityError:
+            continue
+        inputs = random_inputs(graph, seed, images=images)
+        codes = {
+            entry.name: entry.quantize.apply(inputs[entry.name]).reshape(-1, *entry.type.shape)
+            for entry in graph.inputs
+        }
+        assert_exact(graph, network, codes, variant, threads=1 + number)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_compiled_program_is_lifted(name, first_seed):
+    """The same layers come off it whatever its schedule."""
+    for seed in range(first_seed, first_seed + 20):
+        graph = network_of(seed)
+        try:
+            found = lifted(graph, MACHINES[name])
+        except mars_runtime.CapacityError:
+            continue
+        assert [out.bits for out in (found.maps[i] for i in found.outputs)] == [
+            graph.types[out.value].bits for out in graph.outputs
+        ]
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Graph:
+    """One convolution, with a residual and a pool or without."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    bits, weight_bits = draw(st.sampled_from([4, 8])), draw(st.sampled_from([4, 8]))
+    grouping = draw(st.sampled_from(["none", "none", "two", "depthwise"]))
+    channels = draw(st.integers(1, 40)) * (2 if grouping == "two" else 1)
+    outputs = channels if grouping == "depthwise" else draw(st.integers(1, 40)) * 2
+    groups = {"none": 1, "two": 2, "depthwise": channels}[grouping]
+    size = (draw(st.integers(1, 13)), draw(st.integers(1, 13)))
+    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    zero = draw(st.sampled_from([0, 2 ** (bits - 1), 2**bits - 1]))
+    limit = 2 ** (weight_bits - 1)
+    weight = rng.integers(-limit, limit, (outputs, channels // groups, *kernel))
+    weight *= rng.random((outputs, 1, *kernel)) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    term = ConvTerm(
+        "x0",
+        weight,
+        weight_bits,
+        (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        tuple(draw(st.integers(0, 3)) for _ in range(4)),
+        (draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        groups,
+    )
+    out_bits = draw(st.sampled_from([4, 8]))
+    top = 2**out_bits - 1
+    kind = draw(st.sampled_from(["eq5", "small", "large", "negative", "raw"]))
+    requant = None
+    if kind == "eq5":
+        requant = Requant.eq5(out_bits, draw(st.sampled_from([1, 8, 15, 20, 31, 40])))
+    elif kind != "raw":
+        low, high = sorted((int(rng.integers(0, top + 1)), top))
+        bound, shift = {"small": (3, 9), "large": (2**31 - 1, 44), "negative": (200, 16)}[kind]
+        multiplier = rng.integers(-bound if kind == "negative" else 0, bound, outputs)
+        shifts = np.clip(shift + rng.integers(-9, 6, outputs), 0, 62)
+        requant = Requant(multiplier, shifts, out_bits, int(rng.integers(0, top)), low, high)
+    shape = (
+        outputs,
+        *(
+            window_size(size[i], kernel[i], term.stride[i], *term.padding[i::2], term.dilation[i])
+            for i in (0, 1)
+        ),
+    )
+    assume(min(shape) >= 1)
+    inputs = [_input("x0", MapType(channels, *size, bits, zero))]
+    residual = None
+    if draw(st.booleans()):
+        inputs.append(_input("x1", MapType(*shape, bits, zero)))
+        residual = Residual("x1", draw(st.integers(0, 7)))
+    layers: list[Conv | Pool] = [
+        Conv("conv0", [term], rng.integers(-3000, 3000, outputs), requant, residual)
+    ]
+    if requant is not None and min(shape[1:]) >= 2 and draw(st.booleans()):
+        layers.append(Pool("maxpool1", "max", "conv0", (2, 2), (2, 2)))
+        shape = (outputs, shape[1] // 2, shape[2] // 2)
+    dequantize = Dequantize("int32" if requant is None else "uint8")
+    return Graph(inputs, layers, [Output(layers[-1].name, shape, dequantize)])
+
+
+def _input(name: str, kind: MapType) -> Input:
+    return Input(name, kind, kind.shape, Quantize("uint8", 0, 2**kind.bits - 1))
+
+
+def random_codes(graph: Graph, rng: np.random.Generator, images: int) -> dict[str, np.ndarray]:
+    return {
+        entry.name: rng.integers(0, 2**entry.type.bits, (images, *entry.type.shape), dtype=np.uint8)
+        for entry in graph.inputs
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(graph=convolutions(), images=st.sampled_from([1, 2, 5]), threads=st.sampled_from([1, 2]))
+def test_convolutions(variant, graph, images, threads):
+    """Shapes, strides, paddings, dilation, groups, widths, zero points, requantizations."""
+    try:
+        network = lifted(graph)
+    except mars_runtime.CapacityError:
+        assume(False)
+    codes = random_codes(graph, np.random.default_rng(images), images)
+    assert_exact(graph, network, codes, variant, threads)
+
+
+def extreme(weight: int, bits: int, size: int = 1) -> Graph:
+    """4,608 products of the largest code with one weight, in every output."""
+    weights = np.full((16, 512, 3, 3), weight)
+    kind = MapType(512, 2 + size, 2 + size, bits)
+    term = ConvTerm("x0", weights)
+    out = Output("conv0", (16, size, size), Dequantize("int32"))
+    return Graph([_input("x0", kind)], [Conv("conv0", [term], np.zeros(16))], [out])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("weight", [-128, -127, 127])
+def test_sums_do_not_saturate(variant, weight, size, bits):
+    graph = extreme(weight, bits, size)
+    top = 2**bits - 1
+    codes = np.full((1, *graph.inputs[0].type.shape), top, np.uint8)
+    (found,) = run_engine(Engine(lifted(graph), variant), [codes])
+    assert (found == 4608 * top * weight).all()  # 2**24 is passed nine times over
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_without_weights_write_their_bias(variant):
+    kind = MapType(20, 5, 5, 8)
+    term = ConvTerm("x0", np.zeros((20, 20, 3, 3)), padding=(1, 1, 1, 1))
+    bias = np.arange(-10, 10) * 1000
+    layer = Conv("conv0", [term], bias, Requant.eq5(8, 13))
+    out = Output("conv0", (20, 5, 5), Dequantize("uint8"))
+    graph = Graph([_input("x0", kind)], [layer], [out])
+    network = lifted(graph)
+    assert isinstance(network.layers[0], ConvLayer) and not len(network.layers[0].weights)
+    assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
+
+
+def test_ties_round_to_even():
+    """Odd halves of a small grid: every second accumulator is a tie."""
+    weight = np.zeros((16, 16, 1, 1), int)
+    weight[np.arange(16), np.arange(16), 0, 0] = np.arange(16) - 8
+    requant = Requant([1], [1], 8, 100, 0, 255)
+    layer = Conv("conv0", [ConvTerm("x0", weight)], np.zeros(16), requant)
+    out = Output("conv0", (16, 1, 16), Dequantize("uint8"))
+    graph = Graph([_input("x0", MapType(16, 1, 16, 4))], [layer], [out])
+    codes = np.broadcast_to(np.arange(16, dtype=np.uint8), (1, 16, 1, 16))
+    expected = 100 + np.array(
+        [[round((channel - 8) * code / 2) for code in range(16)] for channel in range(16)]
+    )
+    for variant in VARIANTS:
+        (found,) = run_engine(Engine(lifted(graph), variant), [codes])
+        np.testing.assert_array_equal(found[0, :, 0], np.clip(expected, 0, 255))
+
+
+def test_every_kind_of_number_is_chosen():
+    """The products decide: float32 to 2**24, float64 to 2**53, int64 beyond, none for raw sums."""
+    weight = np.ones((16, 16, 1, 1))
+    kind = MapType(16, 1, 1, 8)
+    for requant, expected in (
+        (Requant.eq5(8, 15), "float32"),
+        (Requant.eq5(8, 17), "float64"),
+        (Requant([2**31 - 1], [40], 8, 0, 0, 255), "float64"),
+        (Requant([2**31 - 1], [62], 8, 0, 0, 255), "int64"),
+        (None, "raw"),
+    ):
+        bias = np.full(16, {"int64": 2**30, "float64": 2**17}.get(expected, 0))
+        layer = Conv("conv0", [ConvTerm("x0", weight)], bias, requant)
+        dequantize = Dequantize("uint8" if requant else "int32")
+        out = Output("conv0", (16, 1, 1), dequantize)
+        graph = Graph([_input("x0", kind)], [layer], [out])
+        network = lifted(graph)
+        (found,) = network.layers
+        assert isinstance(found, ConvLayer) and _Scaling.of(found).numbers == expected
+        codes = random_codes(graph, np.random.default_rng(1), 40)
+        assert_exact(graph, network, codes, VARIANTS[-1])
+
+
+def test_chunks_and_threads_do_not_change_the_codes():
+    """Groups of images nest differently in each; the whole network runs in all of them."""
+    graph = resnet20()
+    network = lifted(graph)
+    images = 2 * CHUNKS[-1] + 3
+    codes = random_codes(graph, np.random.default_rng(5), images)["x0"]
+    expected = evaluate_values(graph, {"x0": codes})[graph.outputs[0].value]
+    for threads, count in ((1, images), (2, images), (3, images), (2, 1), (2, 7)):
+        engine = Engine(network, VARIANTS[0])
+        engine.work = 2**40
+        (found,) = run_engine(engine, [codes[:count]], threads)
+        np.testing.assert_array_equal(found[:, :10], expected[:count])
+    assert len(set(Plan(network, VARIANTS[0], CHUNKS[-1], 1).groups)) > 1
+
+
+# -- which engine runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> mars_runtime.Program:
+    return build([NamedGraph.of(network_of(0))], MARS)
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, np.ndarray]:
+    return random_inputs(network_of(0), 0, images=3)
+
+
+def test_all_engines_agree(small, images, monkeypatch):
+    expected = mars_runtime.run(small, images, engine="machine")
+    for engine in (None, "auto", "layers"):
+        found = mars_runtime.run(small, images, engine=engine)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    for variant in VARIANTS:
+        monkeypatch.setenv("MARS_KERNELS", variant)
+        found = mars_runtime.run(small, images)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert engine_of(small.regions[0], small.arch).variant == variant
+
+
+def whole(region: Region) -> Region:
+    """Give a region that does not say where its layers end."""
+    return attrs.evolve(region, layers=())
+
+
+def test_what_is_no_sequence_of_layers_is_left_to_the_machine(small, images):
+    program = attrs.evolve(small, regions=tuple(map(whole, small.regions)))
+    with pytest.raises(NotLifted):
+        lift(program.regions[0], MARS)
+    expected = mars_runtime.run(small, images)
+    found = mars_runtime.run(program, images)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ProgramError, match="no sequence of whole layers"):
+        mars_runtime.run(program, images, engine="layers")
+
+
+@pytest.mark.parametrize("kind", [isa.Move, isa.Fetch])
+def test_what_the_machine_refuses_is_refused(small, images, kind):
+    """The lifter makes the machine's checks: here of words that nothing wrote."""
+    region = small.regions[0]
+    instructions = list(region.instructions)
+    index = next(i for i, one in enumerate(instructions) if isinstance(one, kind))
+    left_out = instructions[index]
+    instructions[index] = isa.Sync(wait=left_out.wait, signal=left_out.signal)
+    changed = attrs.evolve(region, code=isa.encode_all(instructions))
+    program = attrs.evolve(small, regions=(changed,))
+    messages = []
+    for engine in ("machine", "layers"):
+        with pytest.raises(MachineError) as raised:
+            mars_runtime.run(program, images, engine=engine)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_bad_options_are_refused_by_name(small, images, monkeypatch):
+    with pytest.raises(OptionError, match="'fast' is no engine"):
+        mars_runtime.run(small, images, engine="fast")
+    monkeypatch.setenv("MARS_KERNELS", "mmx")
+    with pytest.raises(OptionError, match="MARS_KERNELS"):
+        mars_runtime.run(small, images)
+    monkeypatch.delenv("MARS_KERNELS")
+    monkeypatch.setenv("MARS_NUM_THREADS", "none")
+    with pytest.raises(OptionError, match="MARS_NUM_THREADS"):
+        mars_runtime.run(small, images)
+
+
+def test_errors_of_threads_are_raised(monkeypatch):
+    monkeypatch.setenv("MARS_NUM_THREADS", "2")
+    graph = vgg16(0.05)
+    program = build([NamedGraph.of(graph)], MARS)
+    x = np.zeros((3 * CHUNKS[-1], 3, 32, 32), np.float32)
+    x[-1, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        mars_runtime.run(program, {"x0": x})
+
+
+def test_an_empty_batch_gives_an_empty_batch(small, images):
+    for engine in mars_runtime.ENGINES:
+        found = mars_runtime.run(small, {n: a[:0] for n, a in images.items()}, engine=engine)
+        assert all(len(array) == 0 for array in found.values())
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def test_layers_survive_the_cache():
+    network = lifted(network_of(3))
+    again = load(dump(network))
+    assert dump(again) == dump(network)
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in network.layers]
+
+
+def test_damaged_files_are_made_again(cache):
+    calls = []
+
+    def make() -> bytes:
+        calls.append(1)
+        return b"content"
+
+    assert kept("damaged", make) == kept("damaged", make) == b"content" and len(calls) == 1
+    path = cache / "damaged"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert kept("damaged", make) == b"content" and len(calls) == 2
+    assert kept("damaged", make) == b"content" and len(calls) == 2
+
+
+def test_nothing_is_kept_without_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MARS_CACHE_DIR", "")
+    assert cache_folder() is None
+    assert kept("x", lambda: b"1") == b"1" and kept("x", lambda: b"2") == b"2"
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    monkeypatch.setenv("MARS_CACHE_DIR", str(file))  # which cannot be made a folder
+    assert kept("x", lambda: b"3") == b"3"
+    monkeypatch.delenv("MARS_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if os.name == "posix":
+        assert cache_folder() == tmp_path / "tvm-mars"
+
+
+def _first_run(folder: str, program: bytes, start) -> bytes:
+    os.environ["MARS_CACHE_DIR"] = folder
+    start.wait()
+    loaded = mars_runtime.Program.from_bytes(program)
+    found = mars_runtime.run(loaded, random_inputs(network_of(0), 0, images=1))
+    return b"".join(array.tobytes() for array in found.values())
+
+
+def _reporting(folder: str, program: bytes, start, results) -> None:
+    results.put(_first_run(folder, program, start))
+
+
+def test_two_processes_fill_one_cache(small, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(2), context.Queue()
+    folder = tmp_path / "shared"
+    given = (str(folder), small.to_bytes(), start, results)
+    processes = [context.Process(target=_reporting, args=given) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1]
+    files = sorted(path.suffix for path in Path(folder).iterdir())
+    assert files == [".layers", ".o"]
