@@ -224,14 +224,38 @@ def test_run_gives_what_the_runtime_gives(
     assert sorted(x.name for x in tmp_path.iterdir()) == ["net.mars", "x.npz", "y.npz"]
 
 
-def test_run_with_a_progress_bar_gives_the_same(
+def test_run_in_parts_gives_the_same(
     path: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call("run", path, "--inputs", images, "-o", tmp_path / "y.npz").exit_code == 0
-    monkeypatch.setattr("tvm_mars.cli.running._watched", lambda: True)
+    monkeypatch.setattr("tvm_mars.cli.running.CHUNK", 7)
     assert call("run", path, "--inputs", images, "-o", tmp_path / "z.npz").exit_code == 0
     with np.load(tmp_path / "y.npz") as y, np.load(tmp_path / "z.npz") as z:
         assert np.array_equal(y["y0"], z["y0"])
+
+
+def test_eval_counts_what_the_machine_classifies(path: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
+    program = mars_runtime.Program.load(path)
+    given = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) / np.float32(255)
+    logits = mars_runtime.run(program, {"x0": given}, engine="machine")["y0"]
+    labels = logits.argmax(1)
+    labels[:3] = (labels[:3] + 1) % 10
+    data = tmp_path / "images.npz"
+    np.savez(data, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    for options in ((), ("--batch", "4", "--engine", "layers"), ("--engine", "machine")):
+        found = json.loads(call("eval", path, "--data", data, "--json", *options).stdout)
+        assert (found["images"], found["right"]) == (11, 8)
+        assert found["seconds"] > 0 and found["accuracy"] == 8 / 11
+    told = call("eval", path, "--data", data, "--images", "3")
+    assert told.stdout.startswith("3 images, accuracy 0.00%, ")
+    refused = call("eval", path, "--data", data, "--engine", "fast")
+    assert refused.exit_code == 2 and "layers" in refused.stderr
+
+
+def test_eval_takes_networks_of_the_zoo(tmp_path: Path) -> None:
+    refused = call("eval", "digit", "--data", "images.npz")
+    assert refused.exit_code == 1 and "digits" in refused.stderr
 
 
 def test_run_takes_inputs_by_a_short_name(path: Path, images: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_runtime_imports_with_numpy_and_attrs_alone():
 
 @pytest.mark.parametrize("path", sorted(RUNTIME.rglob("*.py")), ids=lambda path: path.stem)
 def test_runtime_imports_nothing_of_the_compiler(path):
-    allowed = {"numpy", "attrs", "cattrs", "numba", "tomli", "tomllib", *sys.stdlib_module_names}
+    allowed = {"numpy", "attrs", "cattrs", "llvmlite", "tomli", "tomllib", *sys.stdlib_module_names}
     if path.stem == "tvm_bridge":
         allowed |= {"tvm", "tvm_ffi"}
     assert imported(path) <= allowed

@@ -54,7 +54,11 @@ class Dataset:
 
     def first(self, count: int) -> Dataset:
         """Give the first images."""
-        return attrs.evolve(self, pixels=self.pixels[:count], labels=self.labels[:count])
+        return self.part(0, count)
+
+    def part(self, first: int, stop: int) -> Dataset:
+        """Give a range of images with their labels."""
+        return attrs.evolve(self, pixels=self.pixels[first:stop], labels=self.labels[first:stop])
 
 
 def load_dataset(path: str | Path) -> tuple[Dataset, Dataset]:

@@ -298,6 +298,7 @@ class _Lifter(Machine):
     ) -> tuple[int, int, int, int]:
         """Give map, block, row and column where a part of a setting's window begins."""
         planes, height, width = 1 + setting.wide, setting.height, setting.width
+        _require(min(shape) > 0, "an empty map")
         size = planes * setting.blocks * height * width
         tags = self.banks[setting.bank][setting.base : setting.base + size]
         part = tuple(slice(at, at + count) for at, count in zip(first, shape, strict=True))

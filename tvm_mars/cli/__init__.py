@@ -24,6 +24,7 @@ _COMMANDS = {
     "quantize": ("quantizing", "Quantize a float ONNX model, without training it."),
     "tune": ("tuning", "Search for faster schedules of a model."),
     "run": ("running", "Run a compiled model on the simulated MARS."),
+    "eval": ("evaluating", "Run a test set: accuracy and images per second."),
     "profile": ("profiling", "Say what an image costs: cycles, stalls, accesses, energy."),
     "disasm": ("assembly", "Print a program as assembly."),
     "asm": ("assembly", "Assemble a text, on its own or into a program."),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "MarsCommand",
     "arch_options",
+    "engine_option",
     "input_shapes",
+    "progress_bar",
     "read_arch",
     "set_option",
     "write_file",
@@ -151,7 +154,29 @@ def read_arch(source: str, changes: Mapping[str, str]) -> MarsArch:
     return load_arch(source, changes)
 
 
+_ENGINES = ("auto", "layers", "machine")  # mars_runtime.ENGINES, without its import
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(_ENGINES),
+    default=None,
+    help="What executes: whole layers on this processor's dot-product instructions, or the "
+    "machine, instruction by instruction; the codes are the same. [default: $MARS_ENGINE, or auto: "
+    "layers wherever a program consists of them]",
+)
+
+
 # -- output ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress_bar(count: int, label: str = "running") -> Iterator[Callable[[int], None]]:
+    """Give what is told how much is done; it draws a bar where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    with click.progressbar(length=count, label=label, file=sys.stderr, show_pos=True) as bar:
+        yield lambda done: bar.update(done - bar.pos)
 
 
 def write_file(path: str, data: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import numpy.typing as npt
 from mars_runtime import InputError, Program, run
 
 from ..frontend.ports import read_arrays
-from .base import MarsCommand, write_file
+from .base import MarsCommand, engine_option, progress_bar, write_file
 
 __all__ = ["run_command"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 # Images that are run between two updates of the progress bar.
-CHUNK = 16
+CHUNK = 128
 
 
 @click.command("run", cls=MarsCommand)
@@ -33,7 +33,8 @@ CHUNK = 16
 @click.option(
     "-o", "--output", required=True, metavar="Y.npz", help="File to write: arrays by output name."
 )
-def run_command(model: str, source: str, output: str) -> None:
+@engine_option
+def run_command(model: str, source: str, output: str, engine: str | None) -> None:
     """Run a model on a batch of images, on the simulated MARS.
 
     X.npz holds an array [N, ...] for each input of the model, under the name that it has in the
@@ -47,9 +48,10 @@ def run_command(model: str, source: str, output: str) -> None:
       python -c "import numpy; print(numpy.load('y.npz')['y0'].argmax(1))"
     """
     arrays = read_arrays(source)
-    results = (
-        _run_program(model, arrays) if model.endswith(".mars") else _run_library(model, arrays)
-    )
+    if model.endswith(".mars"):
+        results = _run_program(model, arrays, engine)
+    else:
+        results = _run_library(model, arrays, engine)
     buffer = io.BytesIO()
     np.savez(buffer, **results)  # type: ignore[arg-type]
     write_file(output, buffer.getvalue())
@@ -57,31 +59,29 @@ def run_command(model: str, source: str, output: str) -> None:
     click.echo(f"wrote {output}: {shapes}", err=True)
 
 
-def _run_program(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
+def _run_program(path: str, arrays: Arrays, engine: str | None) -> Mapping[str, npt.NDArray[Any]]:
     program = Program.load(path)
     batches = {len(array) for array in arrays.values() if array.ndim}
-    if len(batches) != 1 or max(batches) <= CHUNK or not _watched():
-        return run(program, arrays)
+    if len(batches) != 1 or max(batches) <= CHUNK:
+        return run(program, arrays, engine=engine)
+    count = max(batches)
     parts = []
-    with click.progressbar(
-        range(0, max(batches), CHUNK), label="running", file=sys.stderr
-    ) as steps:
-        for at in steps:
+    with progress_bar(count) as progress:
+        for at in range(0, count, CHUNK):
             chunk = {name: array[at : at + CHUNK] for name, array in arrays.items()}
-            parts.append(run(program, chunk))
+            parts.append(run(program, chunk, engine=engine))
+            progress(min(count, at + CHUNK))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _watched() -> bool:
-    return sys.stderr.isatty()
-
-
-def _run_library(path: str, arrays: Arrays) -> Mapping[str, npt.NDArray[Any]]:
+def _run_library(path: str, arrays: Arrays, engine: str | None) -> Mapping[str, npt.NDArray[Any]]:
     if not Path(path).is_file():
         raise InputError("no such file", where=path)
     if path.endswith(".onnx"):
         raise InputError("is not compiled", where=path, hint=f"mars compile {path} -o net.so")
     from ..frontend import adapter  # imports TVM
 
+    if engine:  # a library calls the runtime by itself
+        os.environ["MARS_ENGINE"] = engine
     loaded: Mapping[str, npt.NDArray[Any]] = adapter().load_library(path).run(arrays)
     return loaded

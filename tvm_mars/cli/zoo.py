@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
 
-from .base import MarsCommand, arch_options, read_arch, write_file, write_text
+from .base import (
+    MarsCommand,
+    arch_options,
+    progress_bar,
+    read_arch,
+    write_file,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from ..datasets import Dataset
@@ -185,7 +191,7 @@ def eval_command(
     except ModuleNotFoundError as error:
         raise click.ClickException(f"needs {error.name}: pip install {error.name}") from None
     engines["MARS"] = mars_engine(graph, read_arch(arch, changes))
-    with _progress(len(dataset)) as progress:
+    with progress_bar(len(dataset)) as progress:
         found = compare(engines, dataset, graph.outputs[0].value, batch=batch, progress=progress)
     _print_comparison(found, as_json)
     if not found.agree:
@@ -205,15 +211,6 @@ def _test_images(name: str, data: str | None) -> Dataset:
         return digits_dataset()[1]
     except ModuleNotFoundError:
         raise click.ClickException("needs scikit-learn: pip install scikit-learn") from None
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[int], None] | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    with click.progressbar(length=count, label="running", file=sys.stderr, show_pos=True) as bar:
-        yield lambda done: bar.update(done - bar.pos)
 
 
 def _print_comparison(found: Verification, as_json: bool) -> None:
