@@ -35,7 +35,16 @@ from .graph import (
     window_size,
 )
 
-__all__ = ["TABLE_IV", "Density", "mobilenet_v1", "mobilenet_v2", "resnet18", "resnet20", "vgg16"]
+__all__ = [
+    "TABLE_IV",
+    "Density",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet20",
+    "resnet50",
+    "vgg16",
+]
 
 #: Share of non-zero group-sets by input and output channels: VGG16 on CIFAR-10 (Table IV).
 TABLE_IV: Mapping[tuple[int, int], float] = {
@@ -126,6 +135,42 @@ def resnet20(
     net = _Network(density, weight_bits, activation_bits, seed)
     value = net.conv(net.input(3, 32, 32), 16, full=True)
     value = net.stages(value, [(16, 3), (32, 3), (64, 3)])
+    return net.classify(net.global_pool(value), classes)
+
+
+def resnet50(
+    density: Density = 0.1,
+    *,
+    size: int = 224,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    classes: int = 1000,
+    seed: int = 0,
+) -> Graph:
+    """Build ResNet-50: bottlenecks of 1x1, 3x3 (which has the stride) and 1x1 convolutions.
+
+    Parameters
+    ----------
+    density : float or mapping
+        Share of group-sets that are not zero; the stem and the classifier are full.
+    size : int
+        Height and width of the image.
+    """
+    net = _Network(density, weight_bits, activation_bits, seed)
+    value = net.conv(net.input(3, size, size), 64, kernel=7, stride=2, full=True)
+    value = net.max_pool(value, 3, 2, 1)
+    for stage, (channels, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)]):
+        for i in range(blocks):
+            start = value
+            value = net.conv(start, channels, kernel=1)
+            value = net.conv(value, channels, stride=2 if stage and not i else 1)
+            value = net.conv(
+                value,
+                4 * channels,
+                kernel=1,
+                residual=start if i else None,
+                shortcut=None if i else start,
+            )
     return net.classify(net.global_pool(value), classes)
 
 
