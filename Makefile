@@ -60,11 +60,12 @@ site: $(TRAIN)  ## Build the site of docs/, the docstrings and the tutorials: bu
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
 
-bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning
+bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning, the exact engine
 	$(BIN)/python benchmarks/vgg16.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
 	$(BIN)/python benchmarks/tuning.py
+	$(BIN)/python benchmarks/engine.py
 
 bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
 	$(BIN)/python benchmarks/qat_step.py

@@ -7,7 +7,15 @@ import pytest
 
 from python_tests.random_graphs import group_sets, random_inputs
 from tvm_mars.graph import Conv, evaluate, evaluate_values
-from tvm_mars.networks import TABLE_IV, mobilenet_v1, mobilenet_v2, resnet18, resnet20, vgg16
+from tvm_mars.networks import (
+    TABLE_IV,
+    mobilenet_v1,
+    mobilenet_v2,
+    resnet18,
+    resnet20,
+    resnet50,
+    vgg16,
+)
 from tvm_mars.onnx_export import check_exact
 
 WHOLE = dict(zip(TABLE_IV, (137, 144, 250, 442, 157, 101, 120), strict=True))
@@ -52,6 +60,7 @@ def test_forward_check_of_compute_cycles(bits, accesses, closed, whole):
         (vgg16(weight_bits=4, activation_bits=4), 313.2e6),
         (resnet18(), 555.4e6),
         (resnet18(size=224, classes=1000), 1814e6),
+        (resnet50(0.05), 4089e6),
         (resnet20(), 40.8e6),
         (mobilenet_v1(), 175.6e6),
         (mobilenet_v1(size=224, classes=1000), 568.7e6),
@@ -63,6 +72,7 @@ def test_forward_check_of_compute_cycles(bits, accesses, closed, whole):
         "vgg16-w4a4",
         "resnet18",
         "resnet18-224",
+        "resnet50",
         "resnet20",
         "mobilenet",
         "mobilenet-224",

@@ -69,6 +69,8 @@ class _Runner:
         buffers, network = plan.buffers, plan.layers
         self.inputs = [buffers[number].view(self.arena) for number in network.inputs]
         self.outputs = [buffers[number].view(self.arena) for number in network.outputs]
+        for view in self.inputs:
+            view[:] = 0  # of which channels that are absent stay so
 
     def run(self, codes: Sequence[Array], pool: ThreadPoolExecutor | None) -> list[Array]:
         """Run images ``[N, C, H, W]``, at most the plan's; give the outputs' codes likewise."""
@@ -102,14 +104,16 @@ def _yield_address() -> int:
 
 
 def _to_blocks(codes: Array, view: Array) -> None:
-    """Place codes ``[N, C, H, W]`` in a map's blocks; absent channels hold code 0."""
-    images, channels = codes.shape[:2]
-    for block in range(view.shape[1]):
-        part = codes[:, block * WORD_CHANNELS : (block + 1) * WORD_CHANNELS]
-        count = min(WORD_CHANNELS, channels - block * WORD_CHANNELS)
-        view[:images, block, ..., :count] = part.transpose(0, 2, 3, 1)
-        if count < WORD_CHANNELS:
-            view[:images, block, ..., count:] = 0
+    """Place codes ``[N, C, H, W]`` in a map's blocks; absent channels hold code 0 already."""
+    images, channels, height, width = codes.shape
+    for first in range(0, channels, WORD_CHANNELS):
+        part = codes[:, first : first + WORD_CHANNELS]
+        block = view[:images, first // WORD_CHANNELS, ..., : part.shape[1]]
+        if height * width < part.shape[1]:
+            block[:] = part.transpose(0, 2, 3, 1)
+            continue
+        for channel in range(part.shape[1]):  # long rows are what NumPy copies fast
+            block[..., channel] = part[:, channel]
 
 
 def _from_blocks(view: Array) -> Array:

@@ -64,15 +64,25 @@ class Quantize:
                     where=where,
                 )
             return (codes - self.low).astype(np.uint8)
-        if np.isnan(array).any():
+        # The least is NaN if any is; of a step that changes nothing, the pass is saved.
+        if np.isnan(array.min(initial=np.inf)):
             raise InputError("holds NaN", where=where)
         x = array.astype(np.float32)
         if self.clip is not None:
-            x = np.clip(x, np.float32(self.clip[0]), np.float32(self.clip[1]))
+            np.maximum(x, np.float32(self.clip[0]), out=x)
+            np.minimum(x, np.float32(self.clip[1]), out=x)
         if self.factor != 1.0:
-            x = x * np.float32(self.factor)
-        steps = np.rint(x / np.float32(self.scale)) + np.float32(self.zero_point)
-        return np.asarray(np.clip(steps, self.low, self.high) - self.low).astype(np.uint8)
+            x *= np.float32(self.factor)
+        if self.scale != 1.0:
+            x /= np.float32(self.scale)
+        np.rint(x, out=x)
+        if self.zero_point:
+            x += np.float32(self.zero_point)
+        np.maximum(x, self.low, out=x)
+        np.minimum(x, self.high, out=x)
+        if self.low:
+            x -= self.low
+        return x.astype(np.uint8)
 
     def __str__(self) -> str:
         if self.dtype in _INTEGER_TYPES:
