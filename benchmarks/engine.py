@@ -142,6 +142,7 @@ def onnxruntime_int8(graph: Graph, threads: int) -> Run:
     """Give ONNX Runtime on the dense network, proved to convolve in int8."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns of the optimized graph, which is only looked at
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(optimized)

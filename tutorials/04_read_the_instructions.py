@@ -160,7 +160,7 @@ assert opened + filled + size * size // 2 * 3 * accesses < layer_time.cycles
 from mars_runtime.run import run_region
 
 image = rng.random((1, channels, size, size)).astype(np.float32)
-(out,) = run_region(program, 0, [image])
+(out,) = run_region(program, 0, [image], engine="machine")
 padded = np.pad(np.rint(image[0] * np.float32(255)).astype(np.int64), ((0, 0), (1, 1), (1, 1)))
 windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
 sums = np.einsum("chwyx,ocyx->ohw", windows, weight.astype(np.int64))

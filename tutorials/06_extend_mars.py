@@ -64,7 +64,8 @@ print(f"equal, in {simulate(program.regions[0], arch).cycles:,} cycles")
 # carry their width and meaning (encoding, decoding, assembler, disassembler and ``docs/isa.md``
 # follow from them), a handler in ``mars_runtime.machine`` that computes on the memories and books
 # time by ``mars_runtime.timing``, an arithmetic in ``mars_runtime.datapath``, and an emitter in
-# ``tvm_mars.codegen``. The fields of an existing one, for instance:
+# ``tvm_mars.codegen``. Programs that hold it run on the machine, until ``mars_runtime.lift``
+# follows it too, for the exact engine. The fields of an existing one, for instance:
 
 for field in isa.Add.__attrs_attrs__[:6]:
     print(f"{field.name:12} {field.metadata.get('width')} bit  {field.metadata.get('doc')}")

@@ -153,6 +153,7 @@ class _Grid:
         return pixel // (rows * columns), pixel // columns % rows, pixel % columns
 
 
+_WITHOUT_DATA = (isa.Fetch, isa.Prepare, isa.Sas, isa.Apw, isa.Residual, isa.Sync, isa.Halt)
 _PLACE = ("cores", "signal", "wait", "bank", "base", "block", "blocks", "height", "width", "y", "x")
 _Kind = TypeVar("_Kind", bound=isa.Instruction)
 
@@ -245,6 +246,9 @@ class _Lifter(Machine):
                     instruction.block, instruction.blocks, place, len(numbers)
                 )
                 self._follow_pass(instruction, self.cores[number], blocks.tolist())
+        else:
+            known = isinstance(instruction, _WITHOUT_DATA)
+            _require(known, f"{type(instruction).__name__.upper()} is not followed")
 
     def _follow_fill(self, fill: isa.Fill) -> None:
         bits = 8 if fill.weight_bits else 4

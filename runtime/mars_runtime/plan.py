@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import isa, native
+from .errors import CapacityError
 from .kernel_code import (
     FIELDS,
     PARAMETER_BYTES,
@@ -39,6 +40,7 @@ __all__ = ["Plan", "dot_products", "map_bytes"]
 Array: TypeAlias = npt.NDArray[Any]
 
 CACHE_BYTES = 192 * 1024  # of a layer's maps, that are to stay in the processor's cache
+MOST_BYTES = 2**31  # tables hold offsets of 32 bits
 ALIGNMENT = 64
 WEIGHT_VECTOR_BYTES = WORD_CHANNELS * LANES
 
@@ -129,6 +131,15 @@ class Plan:
         self.buffers = self._buffers()
         last = self.buffers[-1]
         self.arena_bytes = last.start + last.images * last.pitch + ALIGNMENT
+        if self.arena_bytes >= MOST_BYTES:
+            raise CapacityError(
+                "maps do not fit the exact engine's offsets",
+                op="region",
+                need=self.arena_bytes,
+                have=MOST_BYTES,
+                unit="bytes",
+                hint="run it with engine='machine'",
+            )
         constants = _Constants()
         made = [
             self._step(layer, group, constants)
@@ -136,7 +147,6 @@ class Plan:
         ]
         kernels = tuple(dict.fromkeys(kernel for kernel, _ in made))
         self.library = native.library(kernels)
-        # One row of zeros follows: kernels may look a step ahead of what they use.
         self.constants = _aligned(constants.size)
         self.constants[:] = np.concatenate(constants.parts)
         self.steps, self.moving = self._sequence(made)
