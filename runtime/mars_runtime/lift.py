@@ -526,8 +526,10 @@ class _Lifter(Machine):
         _require(
             all(self.maps[source.map].blocks >= out.blocks for source in sources), "blocks missing"
         )
+        # Sums that leave 32 bits are the machine's.
         if isinstance(instruction, isa.Pool):
             kernel = (instruction.kernel_height, instruction.kernel_width)
+            _require(kernel[0] * kernel[1] * 255 < 2**31, "a window too large")
             layer = PoolLayer(
                 number,
                 sources[0],
@@ -544,6 +546,9 @@ class _Lifter(Machine):
                     self._check_windows(layer, out, axis)
             return layer
         multipliers = (instruction.multiplier_a, instruction.multiplier_b)[: len(sources)]
+        tops = [2 ** self.maps[source.map].bits - 1 for source in sources]
+        most = sum(top * abs(m) for top, m in zip(tops, multipliers, strict=True))
+        _require(most < 2**31, "multipliers too large")
         return AddLayer(number, sources, multipliers, apw, instruction.multiplier)
 
     def _check_windows(self, layer: PoolLayer, out: Map, axis: int) -> None:
@@ -586,6 +591,8 @@ class _Lifter(Machine):
             residuals.add(residual and residual[:2])
         _require(len(residuals) == 1, "a residual in part")
         sources = tuple(dict.fromkeys(s for block in blocks.values() for s in block[1]))
+        contexts = isa.field_limit(isa.Sas, "context") + 1
+        _require(len(sources) <= contexts, f"more than {contexts} inputs")
         rows, weights = self._joined(blocks, sources)
         parameters = [
             unpack_parameters(np.frombuffer(blocks[block][0], np.uint8))
