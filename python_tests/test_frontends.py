@@ -14,7 +14,8 @@ import onnx
 import pytest
 
 from mars_runtime import load_arch, simulate
-from python_tests.onnx_models import imported_model
+from mars_runtime.program import HostReason
+from python_tests.onnx_models import ModelWriter, imported_model
 from python_tests.random_graphs import random_graph
 from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.frontend.lower import lower
@@ -117,6 +118,22 @@ def test_records_serve_every_ir(tmp_path: Path) -> None:
         program = tvm_mars.compile(to_onnx(graph), shape=shape, arch=arch).program
     assert program is not None and program.to_bytes() == expected.to_bytes()
     assert simulate(program.regions[0], arch).cycles < simulate(default.regions[0], arch).cycles
+
+
+def test_a_program_carries_the_reasons_for_the_cpu(golden: Callable[..., None]) -> None:
+    """An average that nothing quantizes: the same reason, and the same program, through either IR."""
+    writer = ModelWriter(np.random.default_rng(3))
+    weight = writer.weight(writer.rng.normal(0, 0.2, (16, 3, 3, 3)), per_channel=False)
+    x = writer.requantize("image", -1, 1)
+    x = writer.requantize(writer.node("Conv", x, weight), -3, 3)
+    writer.node("AveragePool", x, kernel_shape=[2, 2])
+    writer.name_last("result")
+    model = writer.model({"image": [1, 3, 8, 8]}, {"result": [1, 16, 5, 5]})
+    program = tvm_mars.compile(model).program
+    assert program is not None
+    assert program.host_reasons == (HostReason("avg_pool2d", "nothing quantizes its result"),)
+    found = hashlib.sha256(program.to_bytes()).hexdigest()
+    golden("frontend_programs.json", found, entry="an average pool on the CPU")
 
 
 def test_the_digest_sees_a_weight() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from mars_runtime import PRESETS, Program, load_cached, run, run_region, simulate
 from mars_runtime.errors import InputError, ProgramError
+from mars_runtime.program import HostReason
 from python_tests.random_graphs import random_graph, random_inputs
 from python_tests.small_networks import (
     every_kind_of_layer,
@@ -194,6 +195,14 @@ def test_program_that_needs_the_cpu_says_which_operators(data):
     program = attrs.evolve(Program.from_bytes(data), host_operators=("softmax", "topk"))
     with pytest.raises(ProgramError, match="softmax, topk"):
         run(program, {})
+
+
+def test_reasons_for_the_cpu_travel_and_change_no_other_program(data):
+    program = Program.from_bytes(data)
+    assert b"host_reasons" not in data and program.host_reasons == ()
+    reason = HostReason("conv2d", "groups: 3, and the limit is <2>")
+    given = attrs.evolve(program, host_operators=("nn.conv2d",), host_reasons=(reason,))
+    assert Program.from_bytes(given.to_bytes()) == given
 
 
 # -- cache -----------------------------------------------------------------------------------------

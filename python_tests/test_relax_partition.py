@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from mars_runtime.errors import InputError, OptionError, UnsupportedError
+from mars_runtime.program import HostReason, Program
 from python_tests.onnx_models import ModelWriter, float_model, imported_model, model_inputs
 
 tvm = pytest.importorskip("tvm")
@@ -246,7 +247,11 @@ def test_an_average_that_nothing_quantizes() -> None:
     w.node("AveragePool", x, kernel_shape=[2, 2])
     compiled = check(finish(w, [16, 5, 5]), tolerance=0.03)
     assert offloaded(compiled) == ["conv2d"]
-    assert reasons(compiled) == {"avg_pool2d": "nothing quantizes its result"}
+    why = "nothing quantizes its result"
+    assert reasons(compiled) == {"avg_pool2d": why}
+    assert compiled.program.host_reasons == (HostReason("avg_pool2d", why),)
+    loaded = Program.from_bytes(compiled.program.to_bytes())
+    assert loaded.host_reasons == compiled.program.host_reasons
 
 
 def test_a_value_that_is_also_used_unquantized() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from mars_runtime.arch import MarsArch
-from mars_runtime.program import Program, Region
+from mars_runtime.program import HostReason, Program, Region
 
 from .codegen import generate
 from .graph import Conv, Graph
@@ -81,6 +81,7 @@ def build(
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     host_operators: Sequence[str] = (),
+    host_reasons: Sequence[HostReason] = (),
 ) -> Program:
     """Compile graphs to the regions of one program, in order.
 
@@ -90,6 +91,8 @@ def build(
         The model's; those of the only graph if not given.
     host_operators : sequence of str
         Operators of the model that are left to the CPU.
+    host_reasons : sequence of HostReason
+        Why, of those that MARS might have taken.
 
     Raises
     ------
@@ -101,7 +104,14 @@ def build(
     if outputs is None:
         outputs = graphs[0].outputs if len(graphs) == 1 else ()
     regions = tuple(build_region(named, arch) for named in graphs)
-    return Program(arch, regions, tuple(inputs), tuple(outputs), tuple(host_operators))
+    return Program(
+        arch,
+        regions,
+        tuple(inputs),
+        tuple(outputs),
+        tuple(host_operators),
+        tuple(host_reasons),
+    )
 
 
 def dense_baseline(region: Region, arch: MarsArch) -> tuple[Region, MarsArch]:

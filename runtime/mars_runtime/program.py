@@ -38,7 +38,7 @@ from .errors import MarsError, ProgramError
 from .maps import RAW_BITS, WORD_BYTES, MapType
 from .quantize import Dequantize, Quantize
 
-__all__ = ["InputPort", "LayerInfo", "OutputPort", "Program", "Region", "load_cached"]
+__all__ = ["HostReason", "InputPort", "LayerInfo", "OutputPort", "Program", "Region", "load_cached"]
 
 MAGIC = b"MARSPROG"
 VERSION = 1
@@ -115,12 +115,20 @@ class Region:
 
 
 @attrs.frozen
+class HostReason:
+    """Why an operator of a kind that MARS takes is left to the CPU all the same."""
+
+    operator: str
+    reason: str
+
+
+@attrs.frozen
 class Program:
     """A compiled network.
 
     Regions run in order; a port's name connects it to the model's inputs and outputs and to the
     ports of other regions. ``host_operators`` are left to the CPU: with any, the program alone is
-    not the whole model.
+    not the whole model; ``host_reasons`` say why, of those that MARS might have taken.
     """
 
     arch: MarsArch
@@ -128,6 +136,7 @@ class Program:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     host_operators: tuple[str, ...] = ()
+    host_reasons: tuple[HostReason, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Give the program file; equal programs give equal bytes."""
@@ -240,6 +249,8 @@ def _checked_payload(data: memoryview, where: str) -> memoryview:
 
 def _unstructure(program: Program) -> dict[str, Any]:
     index: dict[str, Any] = cattrs.unstructure(attrs.evolve(program, regions=()))
+    if not program.host_reasons:  # so that a program without any keeps the bytes that it had
+        del index["host_reasons"]
     index["regions"] = [
         {
             **cattrs.unstructure(attrs.evolve(region, code=b"", image=b"")),

@@ -6,6 +6,8 @@ import json
 
 import attrs
 
+from mars_runtime.program import HostReason
+
 __all__ = ["Interface"]
 
 
@@ -22,6 +24,8 @@ class Interface:
         where the value enters or leaves the model, else it is made of positions.
     model_inputs, model_outputs, host_operators : tuple of str
         Of the whole model.
+    host_reasons : tuple of HostReason
+        As the program's.
     """
 
     index: int = 0
@@ -30,6 +34,7 @@ class Interface:
     model_inputs: tuple[str, ...] = ()
     model_outputs: tuple[str, ...] = ()
     host_operators: tuple[str, ...] = ()
+    host_reasons: tuple[HostReason, ...] = ()
 
     def to_json(self) -> str:
         """Give the interface as text that :meth:`from_json` reads."""
@@ -39,4 +44,7 @@ class Interface:
     def from_json(cls, text: str) -> Interface:
         """Read what :meth:`to_json` wrote."""
         data = json.loads(text)
-        return cls(data.pop("index"), **{key: tuple(names) for key, names in data.items()})
+        reasons = tuple(HostReason(**reason) for reason in data.pop("host_reasons"))
+        index = data.pop("index")
+        names = {key: tuple(names) for key, names in data.items()}
+        return cls(index, **names, host_reasons=reasons)

@@ -7,6 +7,8 @@ import logging
 
 import attrs
 
+from mars_runtime.program import HostReason
+
 __all__ = ["Decision", "OffloadReport"]
 
 _LOG = logging.getLogger("tvm_mars")
@@ -53,6 +55,12 @@ class OffloadReport:
     def rejected(self) -> tuple[Decision, ...]:
         """The decisions for the CPU."""
         return tuple(decision for decision in self.decisions if not decision.offloaded)
+
+    @property
+    def host_reasons(self) -> tuple[HostReason, ...]:
+        """Each reason for the CPU once, without the names of operators, which importers choose."""
+        found = {HostReason(decision.op, decision.reason) for decision in self.rejected}
+        return tuple(sorted(found, key=attrs.astuple))
 
     def log(self) -> None:
         """Log each rejection, and a warning with the remedy if nothing was offloaded."""

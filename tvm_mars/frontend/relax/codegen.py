@@ -140,6 +140,7 @@ def _program(pieces: Sequence[_Piece], options: CompileOptions) -> Program:
         inputs=interface.model_inputs,
         outputs=interface.model_outputs,
         host_operators=interface.host_operators,
+        host_reasons=interface.host_reasons,
     )
 
 

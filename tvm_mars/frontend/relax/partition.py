@@ -135,9 +135,9 @@ def partition_for_mars(
     mod = release(mod, _unworthy(options, session))
     mod = relax.transform.DeadCodeElimination()(mod)
     mod = name_ports(mod)
-    mod = name_regions(mod, mod_name, options, _host_operators(mod))
     report = _report(mod, candidates, session)
     report.log()
+    mod = name_regions(mod, mod_name, options, report)
     return mod.with_attrs({REPORT: report.to_json(), OPTIONS: options.to_json()})
 
 

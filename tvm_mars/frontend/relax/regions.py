@@ -15,6 +15,7 @@ from ..interface import Interface
 from ..lower import Call, Region
 from ..matching import Node
 from ..patterns import parse
+from ..report import OffloadReport
 from .modules import CODEGEN, COMPOSITE, all_bindings, assemble, attribute, model_functions
 from .nodes import rebuild, recall, sizes, tree
 
@@ -116,7 +117,7 @@ def _outputs(func: relax.Function) -> list[Any]:
 
 
 def name_regions(
-    mod: tvm.IRModule, mod_name: str, options: CompileOptions, host: tuple[str, ...]
+    mod: tvm.IRModule, mod_name: str, options: CompileOptions, report: OffloadReport
 ) -> tvm.IRModule:
     """Give each call of a region a function of its own, with its symbol, interface and options.
 
@@ -144,7 +145,8 @@ def name_regions(
                 tuple(names[binding.var, i] for i in results),  # noqa: B023
                 inputs,  # noqa: B023
                 outputs,  # noqa: B023
-                host,
+                report.host_operators,
+                report.host_reasons,
             )
             symbol = f"mars_{mod_name}_{index}"
             fresh = tvm.ir.GlobalVar(symbol)

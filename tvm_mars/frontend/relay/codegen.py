@@ -73,6 +73,7 @@ def whole_program(pieces: Sequence[_Compiled]) -> Program | None:
         interface.model_inputs,
         interface.model_outputs,
         interface.host_operators,
+        interface.host_reasons,
     )
 
 

@@ -136,9 +136,9 @@ def partition_for_mars(
     ]
     mod = tvm.transform.Sequential(passes)(mod)
     mod = _release(mod, _unworthy(options, session))
-    mod = relay.transform.InferType()(name_regions(mod, options, _host_operators(mod)))
     report = _report(mod, candidates, session)
     report.log()
+    mod = relay.transform.InferType()(name_regions(mod, options, report))
     return _labelled(mod, report, options)
 
 

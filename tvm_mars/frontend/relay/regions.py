@@ -17,6 +17,7 @@ from ..interface import Interface
 from ..lower import Call, Region
 from ..matching import Node
 from ..patterns import parse
+from ..report import OffloadReport
 from .nodes import origin, post_order, requantization, sizes, tree
 
 __all__ = [
@@ -125,7 +126,7 @@ def ports(main: relay.Function) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(str(var.name_hint) for var in main.params), tuple(str(name) for name in outputs)
 
 
-def name_regions(mod: tvm.IRModule, options: CompileOptions, host: tuple[str, ...]) -> tvm.IRModule:
+def name_regions(mod: tvm.IRModule, options: CompileOptions, report: OffloadReport) -> tvm.IRModule:
     """Give each region its interface and options."""
     main = mod["main"]
     inputs, outputs = ports(main)
@@ -142,7 +143,8 @@ def name_regions(mod: tvm.IRModule, options: CompileOptions, host: tuple[str, ..
             tuple(names[call, i] for i in fields),
             inputs,
             outputs,
-            host,
+            report.host_operators,
+            report.host_reasons,
         )
         func = func.with_attr(INTERFACE, interface.to_json())
         func = func.with_attr(REQUANTIZATION, json.dumps(requantization()))
