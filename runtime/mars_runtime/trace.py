@@ -16,13 +16,13 @@ from .machine import Machine
 from .program import Region
 from .timeline import Event, Timeline
 
-__all__ = ["chrome_trace", "record"]
+__all__ = ["Recorder", "chrome_trace", "lane_rank", "record"]
 
 _PROCESS = 1
 _LAYERS = "layers"
 
 
-class _Recorder(Machine):
+class Recorder(Machine):
     """A machine that records the use of the banks' ports beside that of its units."""
 
     def _record(self, lane: str, name: str, start: int, end: int) -> None:
@@ -47,7 +47,7 @@ def record(region: Region, arch: MarsArch) -> Timeline:
     MachineError
         If an instruction does what the hardware cannot.
     """
-    return _Recorder(region, arch, trace=True).run()
+    return Recorder(region, arch, trace=True).run()
 
 
 def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any]:
@@ -75,7 +75,8 @@ def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any
     '{"traceEvents": '
     """
     names = {event.lane for timeline in timelines for event in timeline.events}
-    lanes = {name: number for number, name in enumerate([_LAYERS, *sorted(names, key=_rank)], 1)}
+    ordered = [_LAYERS, *sorted(names, key=lane_rank)]
+    lanes = {name: number for number, name in enumerate(ordered, 1)}
     events = [*_metadata(lanes, arch), *_complete(timelines, lanes, arch)]
     return {
         "traceEvents": events,
@@ -84,7 +85,7 @@ def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any
     }
 
 
-def _rank(lane: str) -> tuple[int, list[int]]:
+def lane_rank(lane: str) -> tuple[int, list[int]]:
     """Order lanes: DMA, the cores' units by number, then the banks' ports."""
     kinds = ("dma", "core", "bank")
     return kinds.index(lane.split()[0]), [*map(int, re.findall(r"\d+", lane)), "compute" in lane]

@@ -123,6 +123,8 @@ class Profile:
         Core cycles for each further image of a batch that runs back to back.
     dense_cycles : int or None
         Latency on the dense baseline: the same hardware, no group-set skipped.
+    dense_layers : tuple of LayerProfile
+        The layers on the dense baseline, in their order there; empty if it was not run.
     """
 
     arch: MarsArch
@@ -132,6 +134,7 @@ class Profile:
     cycles: int
     steady_cycles: int
     dense_cycles: int | None
+    dense_layers: tuple[LayerProfile, ...] = ()
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -346,18 +349,18 @@ def profile_program(program: Program, *, baseline: bool = True) -> Profile:
         simulate(repeated(region, 2), arch).cycles - timeline.cycles
         for region, timeline in zip(program.regions, timelines, strict=True)
     )
-    dense = (
-        [simulate(*dense_baseline(region, arch)) for region in program.regions]
-        if baseline
-        else None
-    )
-    layers = [
-        layer
-        for number, timeline in enumerate(timelines)
-        for layer in _layers(
-            program.regions[number], number, arch, timeline, dense[number] if dense else None
-        )
-    ]
+    layers: list[LayerProfile] = []
+    dense_layers: list[LayerProfile] = []
+    dense_cycles = 0
+    for number, (region, timeline) in enumerate(zip(program.regions, timelines, strict=True)):
+        dense: list[LayerProfile] = []
+        if baseline:
+            dense_region, dense_arch = dense_baseline(region, arch)
+            dense_timeline = simulate(dense_region, dense_arch)
+            dense = [*_layers(dense_region, number, dense_arch, dense_timeline)]
+            dense_cycles += dense_timeline.cycles
+        layers += _layers(region, number, arch, timeline, dense)
+        dense_layers += dense
     return Profile(
         arch=arch,
         layers=tuple(layers),
@@ -365,7 +368,8 @@ def profile_program(program: Program, *, baseline: bool = True) -> Profile:
         host_operators=program.host_operators,
         cycles=sum(timeline.cycles for timeline in timelines),
         steady_cycles=steady,
-        dense_cycles=sum(timeline.cycles for timeline in dense) if dense else None,
+        dense_cycles=dense_cycles if baseline else None,
+        dense_layers=tuple(dense_layers),
     )
 
 
@@ -380,10 +384,14 @@ def repeated(region: Region, times: int) -> Region:
 
 
 def _layers(
-    region: Region, number: int, arch: MarsArch, timeline: Timeline, dense: Timeline | None
+    region: Region,
+    number: int,
+    arch: MarsArch,
+    timeline: Timeline,
+    dense: Iterable[LayerProfile] = (),
 ) -> Iterable[LayerProfile]:
     counted = _paper_macs(region)
-    baseline = {layer.name: layer.cycles for layer in dense.layers} if dense else {}
+    baseline = {layer.name: layer.cycles for layer in dense}
     for info, time in zip(_infos(region), timeline.layers, strict=True):
         yield _layer(info, time, number, arch, counted.get(info.name.split("+")[0], 0), baseline)
 

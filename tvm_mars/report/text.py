@@ -15,13 +15,13 @@ from mars_runtime.timeline import STALLS
 from .layout import new_table, print_parts
 from .profile import PAPER_KERNEL, PAPER_MIN_INPUTS, LayerProfile, Profile
 
-__all__ = ["print_profile"]
+__all__ = ["ASSUMED", "ENERGY_PARTS", "cause_head", "print_profile", "total_rows"]
 
 ASSUMED = "[A]"
 # Column heads of the causes, where the cause's own name is not used.
 _HEADS = {"latency": "drain"}
 # Parts of an Energy: what they are called, and the field of the architecture behind them.
-_ENERGY = {
+ENERGY_PARTS = {
     "macros": ("macro accesses", "macro_access_pj"),
     "macro_writes": ("writing macros", "macro_write_pj_per_bit"),
     "banks": ("feature-map SRAMs", "bank_pj_per_bit"),
@@ -78,7 +78,7 @@ def _head(profile: Profile) -> Iterator[str]:
 
 def _time_table(profile: Profile) -> Table:
     causes = _causes(profile)
-    heads = [_HEADS.get(cause, cause) for cause in causes]
+    heads = [cause_head(cause) for cause in causes]
     speedup = ["speed-up"] if profile.dense_cycles is not None else []
     table = new_table("Time by layer", "layer", "cycles", "busy", *heads, *speedup)
     for layer in profile.layers:
@@ -101,6 +101,11 @@ def _time_table(profile: Profile) -> Table:
     return table
 
 
+def cause_head(cause: str) -> str:
+    """Give the column head of a cause of stalls."""
+    return _HEADS.get(cause, cause)
+
+
 def _causes(profile: Profile) -> list[str]:
     """Give the causes of stalls that occur."""
     return [cause for cause, cycles in profile.stalls.items() if cycles]
@@ -110,7 +115,7 @@ def _time_legend(profile: Profile) -> Iterator[str]:
     causes = _causes(profile)
     yield "  busy: macros compute, in % of the cores' time. The rest of it by cause, in %:"
     for cause in causes:
-        yield f"  {_HEADS.get(cause, cause)}: {STALLS[cause]}"
+        yield f"  {cause_head(cause)}: {STALLS[cause]}"
     absent = [cause for cause in STALLS if cause not in causes]
     if absent:
         yield f"  no time is lost to: {', '.join(absent)}"
@@ -176,7 +181,7 @@ def _energy_table(profile: Profile) -> Table:
     table.add_column("source")
     energy = profile.energy
     sources = {info.name: info for info in profile.arch.describe()}
-    for part, (name, field) in _ENERGY.items():
+    for part, (name, field) in ENERGY_PARTS.items():
         picojoule = getattr(energy, part)
         info = sources[field]
         table.add_row(
@@ -204,12 +209,13 @@ def _totals(profile: Profile) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
-    for row in _total_rows(profile):
+    for row in total_rows(profile):
         table.add_row(*row)
     return table
 
 
-def _total_rows(profile: Profile) -> Iterator[tuple[str, str, str]]:
+def total_rows(profile: Profile) -> Iterator[tuple[str, str, str]]:
+    """Give what a profile says of the whole: name, value and meaning."""
     yield (
         "latency",
         f"{profile.latency_us / 1e3:,.3f} ms",
