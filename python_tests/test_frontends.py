@@ -121,7 +121,7 @@ def test_records_serve_every_ir(tmp_path: Path) -> None:
 
 
 def test_a_program_carries_the_reasons_for_the_cpu(golden: Callable[..., None]) -> None:
-    """An average that nothing quantizes: the same reason, and the same program, through either IR."""
+    """An average that nothing quantizes: one reason, and one program, through either IR."""
     writer = ModelWriter(np.random.default_rng(3))
     weight = writer.weight(writer.rng.normal(0, 0.2, (16, 3, 3, 3)), per_channel=False)
     x = writer.requantize("image", -1, 1)

@@ -26,6 +26,7 @@ _COMMANDS = {
     "run": ("running", "Run a compiled model on the simulated MARS."),
     "eval": ("evaluating", "Run a test set: accuracy and images per second."),
     "profile": ("profiling", "Say what an image costs: cycles, stalls, accesses, energy."),
+    "report": ("reporting", "The same with pictures, as one HTML page."),
     "disasm": ("assembly", "Print a program as assembly."),
     "asm": ("assembly", "Assemble a text, on its own or into a program."),
     "arch": ("architecture", "Print the machine: every field, its unit, source, meaning."),
