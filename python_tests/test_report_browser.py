@@ -246,6 +246,39 @@ def test_keys_wheel_and_drag_zoom(page: Any, program: Any) -> None:
     assert moved[0] < lo and moved[1] - moved[0] == pytest.approx(hi - lo)
 
 
+def test_two_fingers_zoom_and_one_moves(browser: Any, address: str) -> None:
+    page = opened(browser, address, has_touch=True)
+    page.set_viewport_size(PHONE)
+    page.wait_for_timeout(300)
+    whole = window(page)
+    lane = page.get_by_role("group", name="Timeline: arrows move")
+    lane.scroll_into_view_if_needed()
+    box = lane.bounding_box()
+    middle, height = box["x"] + box["width"] * 0.6, box["y"] + 40
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *xs: float) -> None:
+        points = [{"x": x, "y": height, "id": number} for number, x in enumerate(xs)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", middle - 20, middle + 20)
+    for step in range(1, 5):
+        touch("touchMove", middle - 20 - 8 * step, middle + 20 + 8 * step)
+    touch("touchEnd")
+    page.wait_for_timeout(200)
+    lo, hi = window(page)
+    assert 0 < lo < hi < whole[1] and (hi - lo) < 0.6 * whole[1]
+    touch("touchStart", middle)
+    for step in range(1, 5):
+        touch("touchMove", middle - 8 * step)
+    touch("touchEnd")
+    page.wait_for_timeout(200)
+    moved = window(page)
+    assert moved[0] > lo and moved[1] - moved[0] == pytest.approx(hi - lo)
+    assert not page.said
+    page.context.close()
+
+
 def test_a_comparison_can_be_chosen(page: Any) -> None:
     for metric in page.get_by_label("compare").locator("option").all():
         page.get_by_label("compare").select_option(value=metric.get_attribute("value"))
