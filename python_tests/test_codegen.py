@@ -13,7 +13,7 @@ from mars_runtime.errors import HazardError, MachineError, MemoryAccessError, Po
 from mars_runtime.program import Region
 from mars_runtime.timing import CoreConfig, DecodedLoad, LoadedSegment, Visit, conv_cost
 from python_tests.small_networks import every_kind_of_layer, tiny_conv
-from tvm_mars.codegen.emitter import Emitter
+from tvm_mars.codegen.emitter import DMA, Emitter, compute_lanes
 from tvm_mars.compiler import NamedGraph, build_region
 from tvm_mars.graph import Graph
 from tvm_mars.pack import PackedConv
@@ -289,11 +289,11 @@ def test_tokens_are_joined_by_sync_when_they_run_out():
     for number in range(70):
         emitter.emit(
             isa.Fetch(core=0, destination=number, length=1),
-            (("dma", number),),
+            DMA,
             writes=[(("sram", number), 0, 1)],
         )
     for number in range(70):
-        emitter.emit(isa.Conv(cores=1), (("compute", 0),), reads=[(("sram", number), 0, 1)])
+        emitter.emit(isa.Conv(cores=1), compute_lanes(1), reads=[(("sram", number), 0, 1)])
     instructions, layers = emitter.finish()
     assert any(isinstance(one, isa.Sync) for one in instructions)
     assert len(layers) == len(instructions)

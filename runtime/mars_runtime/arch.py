@@ -74,7 +74,7 @@ def _choice(default: Any, unit: str, source: str, doc: str) -> Any:
     return attrs.field(default=default, validator=_check_kind, metadata=metadata)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class MarsArch:
     """A MARS machine.
 

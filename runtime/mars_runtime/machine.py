@@ -32,8 +32,7 @@ __all__ = ["Machine", "simulate", "transfer_words"]
 
 Array = npt.NDArray[Any]
 
-# Times with what is to blame if they come last, see STALLS.
-Waits = list[tuple[int, str]]
+# A time with what is to blame for it, see STALLS.
 Done = tuple[int, str]
 Kind = TypeVar("Kind", bound=isa.Instruction)
 
@@ -148,15 +147,16 @@ class Machine:
     def _step(self, instruction: isa.Instruction, wait: int, signal: int) -> None:
         self.issued += self.arch.issue_cycles
         self.counters.instruction_bits += 8 * isa.INSTRUCTION_BYTES
-        waits = [(self.issued, "issue")]
+        waited = (self.issued, "issue")
         while wait:
             token = (wait & -wait).bit_length() - 1
             wait &= wait - 1
             if token not in self.tokens:
                 raise MachineError(f"waits for token {token}, which nothing signals: a deadlock")
-            waits.append(self.tokens[token])
-        done = _HANDLERS[type(instruction)](self, instruction, waits)
-        self.now = max(self.now, done[0])
+            waited = max(waited, self.tokens[token])
+        done = _HANDLERS[type(instruction)](self, instruction, waited)
+        if done[0] > self.now:
+            self.now = done[0]
         if signal:
             self.tokens[signal - 1] = done
 
@@ -171,7 +171,7 @@ class Machine:
 
     # -- dma -----------------------------------------------------------------------------------
 
-    def _fetch(self, fetch: isa.Fetch, waits: Waits) -> Done:
+    def _fetch(self, fetch: isa.Fetch, waited: Done) -> Done:
         core = self._core(fetch.core)
         sram = (core.weight, core.index, core.parameter)[fetch.memory]
         span = sram.span(fetch.destination, fetch.length)
@@ -182,8 +182,7 @@ class Machine:
                 f"off-chip image of {self.region.image_bytes} bytes addressed at "
                 f"{fetch.source}..{fetch.source + fetch.length - 1}"
             )
-        start, _ = max(waits)
-        start = max(start, self.dma_free)
+        start = max(waited[0], self.dma_free)
         if self.arch.overlap == "none":
             start = max(start, core.compute_free)
         bits = 8 * fetch.length
@@ -201,13 +200,13 @@ class Machine:
             )
         return end, "weights"
 
-    def _move(self, move: isa.Move, waits: Waits) -> Done:
+    def _move(self, move: isa.Move, waited: Done) -> Done:
         words = move.words * move.rows * move.planes
         if not words:
             raise MachineError("transfers nothing")
         inward = move.direction == isa.MOVE_IN
         # [A] the DMA takes the bank's ports as a whole: no core computes on it meanwhile.
-        start = max(max(waits)[0], self.dma_free, self.bank_compute[move.bank])
+        start = max(waited[0], self.dma_free, self.bank_compute[move.bank])
         bits = words * timing.WORD_BITS
         end = start + timing.offchip_cycles(self.arch, bits)
         self.dma_free = self.bank_move[move.bank] = end
@@ -240,15 +239,15 @@ class Machine:
 
     # -- load ----------------------------------------------------------------------------------
 
-    def _load_start(self, core: Core, waits: Waits) -> int:
-        start = max(max(waits)[0], core.load_free)
+    def _load_start(self, core: Core, waited: Done) -> int:
+        start = max(waited[0], core.load_free)
         return start if self.arch.overlap == "full" else max(start, core.compute_free)
 
-    def _prepare(self, prepare: isa.Prepare, waits: Waits) -> Done:
+    def _prepare(self, prepare: isa.Prepare, waited: Done) -> Done:
         latest = 0
         for number in timing.core_list(prepare.cores, self.arch.cores):
             core = self.cores[number]
-            start = self._load_start(core, waits)
+            start = self._load_start(core, waited)
             core.load_free = start + self.arch.array_fill_cycles
             core.open = True
             self.counters.array_fills += 1
@@ -256,7 +255,7 @@ class Machine:
             latest = max(latest, core.load_free)
         return latest, "weights"
 
-    def _fill(self, fill: isa.Fill, waits: Waits) -> Done:
+    def _fill(self, fill: isa.Fill, waited: Done) -> Done:
         core = self._core(fill.core)
         weight_bits = 8 if fill.weight_bits else 4
         length = fill.count * group_set_bytes(weight_bits)
@@ -268,7 +267,7 @@ class Machine:
             )
         if not core.open:
             raise MachineError("writes an array that no PREPARE opened")
-        start = self._load_start(core, waits)
+        start = self._load_start(core, waited)
         end = start + timing.fill_cycles(self.arch, fill)
         core.load_free = end
         self.counters.core_sram_bits += 8 * length
@@ -283,30 +282,22 @@ class Machine:
 
     # -- compute -------------------------------------------------------------------------------
 
-    def _configure(self, setting: isa.Sas | isa.Apw | isa.Residual, waits: Waits) -> Done:
+    def _configure(self, setting: isa.Sas | isa.Apw | isa.Residual, waited: Done) -> Done:
         latest = 0
         bare = _without_tokens(setting)  # equal settings share cached costs
         for number in timing.core_list(setting.cores, self.arch.cores):
             core = self.cores[number]
-            config = core.config
-            if isinstance(bare, isa.Sas):
-                contexts = list(config.contexts)
-                contexts[bare.context] = bare
-                core.config = timing.CoreConfig(tuple(contexts), config.apw, config.residual)
-            elif isinstance(bare, isa.Apw):
-                core.config = timing.CoreConfig(config.contexts, bare)
-            else:
-                core.config = timing.CoreConfig(config.contexts, config.apw, bare)
-            start = self._compute_start(core, waits, ())
+            core.config = timing.configured(core.config, bare)
+            start = self._compute_start(core, waited, ())
             end = start + self.arch.issue_cycles
             self.layer.stalls["issue"] += end - start
             core.compute_free = end
             latest = max(latest, end)
         return latest, "cores"
 
-    def _compute_start(self, core: Core, waits: Waits, banks: Sequence[int]) -> int:
+    def _compute_start(self, core: Core, waited: Done, banks: Sequence[int]) -> int:
         """Find when a core can start, and book its waiting."""
-        causes = [*waits]
+        causes = [waited]
         if self.arch.overlap != "full":
             causes.append((core.load_free, "weights"))
         if self.arch.overlap == "none":
@@ -366,13 +357,10 @@ class Machine:
             banks.add(config.residual.bank)
         return sorted(banks)
 
-    def _conv(self, conv: isa.Conv, waits: Waits) -> Done:
+    def _conv(self, conv: isa.Conv, waited: Done) -> Done:
         numbers = timing.core_list(conv.cores, self.arch.cores)
         if not conv.height * conv.width:
             raise MachineError("writes no pixel")
-        bare = _without_tokens(conv)
-        if conv.y or conv.x:
-            bare = attrs.evolve(bare, y=0, x=0)
         loads, costs, starts = [], [], []
         offchip_words = 0
         splits = False
@@ -380,20 +368,20 @@ class Machine:
             core = self.cores[number]
             core.open = False
             load = self._load_of(core, conv)
-            cost = timing.conv_cost(self.arch, bare, core.config, load)
+            cost = timing.conv_cost(self.arch, conv, core.config, load)
             _refuse_unused(core.config.output, *_UNUSED_BY_MODE[core.config.output.mode])
             contexts = {segment.context for visit in load.visits for segment in visit.segments}
             banks = self._output_banks(core, sorted(contexts))
-            own_waits = waits
+            own_waited = waited
             if load.splits:
                 splits = True
                 if cost.partial_words:
-                    own_waits = [*waits, (self.dma_free, "maps")]
+                    own_waited = max(waited, (self.dma_free, "maps"))
                 else:
                     banks = sorted({*banks, conv.partial_bank})
             loads.append(load)
             costs.append(cost)
-            starts.append(self._compute_start(core, own_waits, banks))
+            starts.append(self._compute_start(core, own_waited, banks))
             offchip_words += cost.partial_words
             for bank in banks:
                 self.bank_compute[bank] = max(self.bank_compute[bank], starts[-1] + cost.cycles)
@@ -420,18 +408,18 @@ class Machine:
         """Walk the load that a core computes with."""
         return timing.decode_load(core.index.data.tobytes(), conv.descriptor, conv.codes, conv.slot)
 
-    def _pool(self, pool: isa.Pool, waits: Waits) -> Done:
-        return self._apw_pass("POOL", pool, waits, timing.pool_cost, pool_tile, (0,))
+    def _pool(self, pool: isa.Pool, waited: Done) -> Done:
+        return self._apw_pass("POOL", pool, waited, timing.pool_cost, pool_tile, (0,))
 
-    def _add(self, add: isa.Add, waits: Waits) -> Done:
+    def _add(self, add: isa.Add, waited: Done) -> Done:
         contexts = (0, 1)[: 1 + add.operands]
-        return self._apw_pass("ADD", add, waits, timing.add_cost, add_tile, contexts)
+        return self._apw_pass("ADD", add, waited, timing.add_cost, add_tile, contexts)
 
     def _apw_pass(
         self,
         name: str,
         instruction: Any,
-        waits: Waits,
+        waited: Done,
         cost_of: Callable[..., timing.Cost],
         data: Callable[..., None],
         contexts: Sequence[int],
@@ -455,7 +443,7 @@ class Machine:
             for context in contexts:
                 _refuse_unused(core.config.context(context), "shift", "kernel_width")
             banks = self._output_banks(core, contexts)
-            start = self._compute_start(core, waits, banks)
+            start = self._compute_start(core, waited, banks)
             end = start + cost.cycles
             for bank in banks:
                 self.bank_compute[bank] = max(self.bank_compute[bank], end)
@@ -467,17 +455,21 @@ class Machine:
 
     # -- controller ----------------------------------------------------------------------------
 
-    def _sync(self, sync: isa.Sync, waits: Waits) -> Done:
-        return max(waits)
+    def _sync(self, sync: isa.Sync, waited: Done) -> Done:
+        return waited
 
-    def _halt(self, halt: isa.Halt, waits: Waits) -> Done:
+    def _halt(self, halt: isa.Halt, waited: Done) -> Done:
         if self.index != self.length - 1:
             raise MachineError("stands before the end of the program")
-        end = max(max(waits)[0], self.now)
+        end = max(waited[0], self.now)
         for core in self.cores:
             self._book_idle(core.compute_free, end, self.layer_number)
         return end, "cores"
 
+
+_DEFAULTS = {
+    spec: {one.name: one.default for one in attrs.fields(spec)} for spec in isa.INSTRUCTIONS
+}
 
 # Fields of APW that CONV does not use.
 _UNUSED_BY_MODE = {
@@ -486,7 +478,7 @@ _UNUSED_BY_MODE = {
     isa.MODE_RAW: ("shift", "wide", "zero", "low", "high", "pool_height", "pool_width"),
 }
 
-_HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Waits], Done]] = {
+_HANDLERS: dict[type[isa.Instruction], Callable[[Machine, Any, Done], Done]] = {
     isa.Fetch: Machine._fetch,
     isa.Prepare: Machine._prepare,
     isa.Fill: Machine._fill,
@@ -512,7 +504,7 @@ def _refuse_unused(setting: isa.Instruction, *names: str) -> None:
     """Refuse fields that have no meaning here, so that no bit of a program is without effect."""
     for name in names:
         value = getattr(setting, name)
-        if value != getattr(attrs.fields(type(setting)), name).default:
+        if value != _DEFAULTS[type(setting)][name]:
             kind = type(setting).__name__.upper()
             raise MachineError(f"{kind} has {name}={value}, which means nothing here")
 

@@ -6,6 +6,7 @@ touching one that another unit still uses is a :class:`HazardError`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,16 @@ class Sram:
 
     def __init__(self, name: str, size: int, grain: int) -> None:
         self.name, self.size, self.grain = name, size, grain
-        self.data = np.zeros(size, np.uint8)
-        self.cells = Cells(name, -(-size // grain))
+
+    @functools.cached_property
+    def data(self) -> Array:
+        """The bytes."""
+        return np.zeros(self.size, np.uint8)
+
+    @functools.cached_property
+    def cells(self) -> Cells:
+        """When they were written and read."""
+        return Cells(self.name, -(-self.size // self.grain))
 
     def span(self, address: int, length: int) -> slice:
         """Give the cells of some bytes, or refuse them."""
@@ -85,7 +94,10 @@ def whole(state: Array) -> Array:
 
 
 class Core:
-    """One core: its SRAMs, macros, registers, and how far its units are busy."""
+    """One core: its SRAMs, macros, registers, and how far its units are busy.
+
+    Memory is taken when it is first touched, which a timeline never does.
+    """
 
     def __init__(self, number: int, arch: MarsArch) -> None:
         self.number = number
@@ -96,12 +108,20 @@ class Core:
         self.parameter = Sram(
             f"core {number} parameter SRAM", arch.parameter_sram_bits // 8, WORD_CHANNELS
         )
-        slots = max(arch.slots(4), arch.slots(8))
-        self.macros = np.zeros((slots, WORD_CHANNELS, WORD_CHANNELS), np.int8)
-        self.slots = Cells(f"core {number} macros", slots)
+        self._slots = max(arch.slots(4), arch.slots(8))
         self.config = CoreConfig()
         self.open = False
         self.compute_free = self.load_free = self.fetch_free = 0
+
+    @functools.cached_property
+    def macros(self) -> npt.NDArray[np.int8]:
+        """The weights in the macros, ``[slot, output 16, input 16]``."""
+        return np.zeros((self._slots, WORD_CHANNELS, WORD_CHANNELS), np.int8)
+
+    @functools.cached_property
+    def slots(self) -> Cells:
+        """When macro slots were written and read."""
+        return Cells(f"core {self.number} macros", self._slots)
 
 
 class ChipMemory:

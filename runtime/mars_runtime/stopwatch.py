@@ -9,8 +9,7 @@ the index SRAMs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import attrs
+from typing import NamedTuple
 
 from . import isa
 from .arch import MarsArch
@@ -23,8 +22,7 @@ from .timing import DecodedLoad
 __all__ = ["Issued", "Stopwatch"]
 
 
-@attrs.frozen
-class Issued:
+class Issued(NamedTuple):
     """An instruction in program order with its tokens; for CONV with what each core holds."""
 
     instruction: isa.Instruction

@@ -27,6 +27,7 @@ __all__ = [
     "LoadedSegment",
     "Visit",
     "add_cost",
+    "configured",
     "conv_cost",
     "decode_load",
     "offchip_cycles",
@@ -38,7 +39,7 @@ WORD_BITS = 8 * WORD_BYTES
 RAW_WORDS = RAW_BITS * WORD_CHANNELS // WORD_BITS  # words of a pixel's accumulators, per block
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class CoreConfig:
     """What SAS, APW and RESIDUAL have set on a core."""
 
@@ -73,6 +74,18 @@ class CoreConfig:
         return self.apw
 
 
+@functools.lru_cache(maxsize=8192)
+def configured(config: CoreConfig, setting: isa.Sas | isa.Apw | isa.Residual) -> CoreConfig:
+    """Give a core's registers after a setting; an APW setting clears the residual."""
+    if isinstance(setting, isa.Sas):
+        contexts = list(config.contexts)
+        contexts[setting.context] = setting
+        return attrs.evolve(config, contexts=tuple(contexts))
+    if isinstance(setting, isa.Apw):
+        return CoreConfig(config.contexts, setting)
+    return attrs.evolve(config, residual=setting)
+
+
 @attrs.frozen
 class LoadedSegment:
     """Group-sets of a segment: input context, absolute taps and input blocks, first macro slot."""
@@ -98,7 +111,7 @@ class Visit:
         return sum(len(segment.taps) for segment in self.segments)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class DecodedLoad:
     """A decoded load descriptor with its index codes."""
 
@@ -226,12 +239,25 @@ def taps_inside(sas: isa.Sas, height: int, width: int, taps: tuple[int, ...]) ->
     )
 
 
-@functools.lru_cache(maxsize=8192)
 def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedLoad) -> Cost:
     """Give the cost of CONV on one core, without other cores' share of the off-chip port."""
+    place = None if conv.partial == isa.PARTIAL_OFFCHIP else conv.partial_bank
+    return _conv_cost(arch, conv.height, conv.width, place, config, load)
+
+
+@functools.lru_cache(maxsize=8192)
+def _conv_cost(
+    arch: MarsArch,
+    tile_height: int,
+    tile_width: int,
+    partial_bank: int | None,
+    config: CoreConfig,
+    load: DecodedLoad,
+) -> Cost:
+    """Give what :func:`conv_cost` does; partial sums travel off-chip where they have no bank."""
     apw = config.output
-    windows = conv.height * conv.width
-    height, width = conv.height * apw.pool_height, conv.width * apw.pool_width
+    windows = tile_height * tile_width
+    height, width = tile_height * apw.pool_height, tile_width * apw.pool_width
     pixels = height * width
     cycles = macro_cycles = group_sets = written = partial_words = 0
     reads, writes = [0, 0], [0, 0]
@@ -244,11 +270,11 @@ def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedL
             compute += len(segment.taps) * accesses * pixels
             visit_reads[sas.bank] += accesses * taps_inside(sas, height, width, segment.taps)
         partial = RAW_WORDS * pixels * ((not visit.first) + (not visit.last))
-        if conv.partial == isa.PARTIAL_OFFCHIP:
+        if partial_bank is None:
             partial_words += partial
         else:
-            visit_reads[conv.partial_bank] += RAW_WORDS * pixels * (not visit.first)
-            visit_writes[conv.partial_bank] += RAW_WORDS * pixels * (not visit.last)
+            visit_reads[partial_bank] += RAW_WORDS * pixels * (not visit.first)
+            visit_writes[partial_bank] += RAW_WORDS * pixels * (not visit.last)
             written += RAW_WORDS * pixels * (not visit.last)
         if visit.last:
             words = RAW_WORDS if apw.mode == isa.MODE_RAW else 1 + apw.wide
@@ -339,6 +365,7 @@ def fill_cycles(arch: MarsArch, fill: isa.Fill) -> int:
     return -(-fill_bits(arch, fill) // arch.macro_write_bits)
 
 
+@functools.lru_cache(maxsize=1024)
 def core_list(mask: int, cores: int) -> tuple[int, ...]:
     """Give the cores of a mask.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -11,10 +12,31 @@ from mars_runtime import isa
 from mars_runtime.stopwatch import Issued
 from mars_runtime.timing import DecodedLoad
 
-__all__ = ["Emitter", "Lane", "Span"]
+__all__ = ["CONTROLLER", "DMA", "Emitter", "Lanes", "Span", "compute_lanes", "load_lanes"]
 
-Lane: TypeAlias = tuple[str, int]  # a unit's queue: unit and core
-Span: TypeAlias = tuple[object, int, int]  # memory, first cell, end
+#: The queues of an instruction's units, a bit for each: the controller's, that of the DMA, of the
+#: cores' load units and of their compute units.
+Lanes: TypeAlias = int
+
+#: Memory, first cell, end.
+Span: TypeAlias = tuple[object, int, int]
+
+_CORES = isa.field_limit(isa.Conv, "cores").bit_length()
+CONTROLLER: Lanes = 1
+DMA: Lanes = 2
+_FIRST_LOAD = 2
+_FIRST_COMPUTE = _FIRST_LOAD + _CORES
+_LEAST_COMPUTE = 1 << _FIRST_COMPUTE
+
+
+def load_lanes(cores: int) -> Lanes:
+    """Give the load units of a mask of cores."""
+    return cores << _FIRST_LOAD
+
+
+def compute_lanes(cores: int) -> Lanes:
+    """Give the compute units of a mask of cores."""
+    return cores << _FIRST_COMPUTE
 
 
 @attrs.define
@@ -23,18 +45,14 @@ class _Emitted:
 
     instruction: isa.Instruction
     layer: int
-    lanes: tuple[Lane, ...]
-    waits: tuple[int, ...]
-    follows: dict[tuple[Lane, ...], int]  # by lanes, the last instruction that must be done
+    waits: list[int]
+    follows: dict[Lanes, int]  # by lanes, the last instruction that must be done
     loads: Mapping[int, DecodedLoad] | None
+    last_waiter: int = -1  # the last instruction that waits for this one
 
 
-@attrs.define
-class _Accesses:
-    """Accesses of one memory: by first cell, end and lanes, the last instruction with each."""
-
-    reads: dict[tuple[int, int, tuple[Lane, ...]], int] = attrs.field(factory=dict)
-    writes: dict[tuple[int, int, tuple[Lane, ...]], int] = attrs.field(factory=dict)
+#: Accesses of one memory: by first cell, end and lanes, the last instruction with each.
+_Accesses: TypeAlias = dict[tuple[int, int, Lanes], int]
 
 
 class Emitter:
@@ -42,15 +60,27 @@ class Emitter:
 
     def __init__(self) -> None:
         self.emitted: list[_Emitted] = []
-        self.layer = 0
-        self._accesses: dict[object, _Accesses] = {}
+        self._layer = 0
+        self._first_of_layer = 0
+        self._reads: defaultdict[object, _Accesses] = defaultdict(dict)
+        self._writes: defaultdict[object, _Accesses] = defaultdict(dict)
         # lane -> lanes of another unit -> the last instruction there that the lane has waited for
-        self._waited: dict[Lane, dict[tuple[Lane, ...], int]] = {}
+        self._waited: defaultdict[Lanes, dict[Lanes, int]] = defaultdict(dict)
+
+    @property
+    def layer(self) -> int:
+        """The layer that is emitted; they follow each other."""
+        return self._layer
+
+    @layer.setter
+    def layer(self, number: int) -> None:
+        if number != self._layer:
+            self._layer, self._first_of_layer = number, len(self.emitted)
 
     def emit(
         self,
         instruction: isa.Instruction,
-        lanes: tuple[Lane, ...],
+        lanes: Lanes,
         reads: Iterable[Span] = (),
         writes: Iterable[Span] = (),
         shared: Iterable[Span] = (),
@@ -63,85 +93,96 @@ class Emitter:
         ``loads`` is what each core holds, for the time of CONV.
         """
         index = len(self.emitted)
-        computes = lanes[0][0] == "compute"
-        marks = [(span, False, computes) for span in reads]
-        marks += [(span, True, computes) for span in writes]
-        marks += [(span, True, False) for span in shared]
-        follows: dict[tuple[Lane, ...], int] = {}
-        for (memory, first, end), is_write, apart in marks:
-            accesses = self._accesses.get(memory)
-            if accesses is None:
-                accesses = self._accesses[memory] = _Accesses()
-            for table in (accesses.writes, accesses.reads) if is_write else (accesses.writes,):
-                for (low, high, other), earlier in table.items():
-                    if low >= end or first >= high:
+        # Compute of this layer, from here on, is beside this instruction if that computes, too.
+        beside = self._first_of_layer if lanes >= _LEAST_COMPUTE else index
+        follows: dict[Lanes, int] = {}
+        for memory, first, end in reads:
+            if accesses := self._writes[memory]:
+                self._before(accesses, first, end, beside, follows)
+        for spans, since in ((writes, beside), (shared, index)):
+            for memory, first, end in spans:
+                for accesses in (self._writes[memory], self._reads[memory]):
+                    if not accesses:
                         continue
-                    if apart and self._computes_same_layer(earlier):
-                        # In its place, what it follows itself: its access may have hidden theirs.
-                        for before, last in self.emitted[earlier].follows.items():
-                            follows[before] = max(follows.get(before, -1), last)
-                    elif follows.get(other, -1) < earlier:
-                        follows[other] = earlier
-        for (memory, first, end), is_write, apart in marks:
-            accesses = self._accesses[memory]
-            if is_write:
-                for table in (accesses.writes, accesses.reads):
-                    for key in [key for key in table if first <= key[0] and key[1] <= end]:
-                        # What is written anew hides what was there, unless nothing waited for that.
-                        beside = apart and key[2] != lanes and self._computes_same_layer(table[key])
-                        if table[key] != index and not beside:
-                            del table[key]
-                accesses.writes[first, end, lanes] = index
-            else:
-                accesses.reads[first, end, lanes] = index
-        waits = self._waits(follows, lanes)
-        self.emitted.append(_Emitted(instruction, self.layer, lanes, waits, follows, loads))
+                    for key in self._before(accesses, first, end, since, follows, lanes):
+                        del accesses[key]
+                # Nothing of its own is hidden: the spans of an instruction do not overlap.
+                self._writes[memory][first, end, lanes] = index
+        for memory, first, end in reads:
+            self._reads[memory][first, end, lanes] = index
+        waits = self._waits(follows, lanes, index) if follows else []
+        self.emitted.append(_Emitted(instruction, self._layer, waits, follows, loads))
 
-    def _computes_same_layer(self, earlier: int) -> bool:
-        entry = self.emitted[earlier]
-        return entry.layer == self.layer and entry.lanes[0][0] == "compute"
+    def _before(
+        self,
+        accesses: _Accesses,
+        first: int,
+        end: int,
+        beside: int,
+        follows: dict[Lanes, int],
+        lanes: Lanes = 0,
+    ) -> list[tuple[int, int, Lanes]]:
+        """Note what must be done before some cells are touched.
 
-    def _waits(
-        self, follows: dict[tuple[Lane, ...], int], lanes: tuple[Lane, ...]
-    ) -> tuple[int, ...]:
+        Give the accesses that are hidden if these lanes write the cells anew.
+        """
+        hidden = []
+        for key, earlier in accesses.items():
+            low, high, other = key
+            if low >= end or first >= high:
+                continue
+            if earlier >= beside and other >= _LEAST_COMPUTE:
+                # In its place, what it follows itself: its access may have hidden theirs.
+                for before, last in self.emitted[earlier].follows.items():
+                    if follows.get(before, -1) < last:
+                        follows[before] = last
+                if other != lanes:
+                    continue  # nothing waited for that
+            elif follows.get(other, -1) < earlier:
+                follows[other] = earlier
+            if first <= low and high <= end:
+                hidden.append(key)
+        return hidden
+
+    def _waits(self, follows: dict[Lanes, int], lanes: Lanes, index: int) -> list[int]:
         """Give those that a token is needed for: not the own queue, nor what was waited for."""
+        alone = not lanes & (lanes - 1)
+        if alone:
+            known = [self._waited[lanes]]
+        else:
+            known = [self._waited[1 << n] for n in range(lanes.bit_length()) if lanes >> n & 1]
         waits = []
         for other, earlier in follows.items():
-            if other == lanes and len(lanes) == 1:
+            if other == lanes and alone:
                 continue  # a unit executes its queue in order
-            known = [self._waited.setdefault(lane, {}) for lane in lanes]
-            if all(waited.get(other, -1) >= earlier for waited in known):
-                continue
-            waits.append(earlier)
-            for waited in known:
-                waited[other] = earlier
-        return tuple(sorted(waits))
+            late = [waited for waited in known if waited.get(other, -1) < earlier]
+            if late:
+                waits.append(earlier)
+                self.emitted[earlier].last_waiter = index
+                for waited in late:
+                    waited[other] = earlier
+        return waits
 
     def issues(self) -> Iterator[Issued]:
         """Allot tokens: yield the instructions in program order, with SYNCs where tokens run out.
 
         An instruction that is waited for takes the lowest free token, until its last waiter.
         """
-        last_wait = {
-            earlier: index for index, one in enumerate(self.emitted) for earlier in one.waits
-        }
-        released: dict[int, list[int]] = {}
-        for earlier, index in last_wait.items():
-            released.setdefault(index, []).append(earlier)
         token_of: dict[int, int] = {}
         holders = [0] * isa.TOKENS
         used = 0
         for index, entry in enumerate(self.emitted):
             mask = 0
             for earlier in entry.waits:
-                mask |= 1 << token_of[earlier]
-            for earlier in released.get(index, ()):
-                token = token_of.pop(earlier)
-                holders[token] -= 1
-                if not holders[token]:
-                    used ^= 1 << token
+                token = token_of[earlier]
+                mask |= 1 << token
+                if self.emitted[earlier].last_waiter == index:
+                    del token_of[earlier]
+                    holders[token] -= 1
+                    if not holders[token]:
+                        used ^= 1 << token
             signal = 0
-            if index in last_wait:
+            if entry.last_waiter >= 0:
                 if used == _ALL_TOKENS:
                     # All tokens are in use: one SYNC waits for them and stands in for all.
                     token = next(iter(token_of.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -19,13 +20,17 @@ from mars_runtime.timing import RAW_WORDS, DecodedLoad
 
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
-from ..schedule import LayerSchedule, Load, Piece, Place, Schedule, Step, scheduled_steps
+from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
 from ..schedule.plan import Window, input_windows
-from .emitter import Emitter, Span
+from .emitter import CONTROLLER, DMA, Emitter, Span, compute_lanes
 from .image import Content, Image, LoadImage, decoded_load
 from .loading import Loader, Turn, turns
 
 __all__ = ["generate", "time_schedule"]
+
+
+# A register's setting without its cores: instruction and fields.
+_Setting: TypeAlias = tuple[type[isa.Sas] | type[isa.Apw] | type[isa.Residual], dict[str, int]]
 
 
 @attrs.frozen
@@ -70,10 +75,9 @@ class _Generator:
         self.loader = Loader(arch, packed, self.turns, self.loads, self.image.table_bytes, self.out)
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
-        self.settings: dict[tuple[int, object], object] = {}
+        self.settings: dict[tuple[int, object], object] = {}  # by core and register
         self.staged: dict[Place, tuple[str, Window]] = {}
         self.partial_base = 0
-        self.decoded: dict[tuple[int, int | None, int], DecodedLoad] = {}  # layer, load, core
 
     def emit(self) -> None:
         """Emit everything."""
@@ -92,7 +96,7 @@ class _Generator:
                 unit="bytes",
                 hint="raise offchip_bytes",
             )
-        self.out.emit(isa.Halt(), (("controller", 0),))
+        self.out.emit(isa.Halt(), CONTROLLER)
 
     def timeline(self) -> Timeline:
         """Time what was emitted."""
@@ -212,7 +216,7 @@ class _Generator:
                     rows=window.height,
                     planes=count,
                 ),
-                (("dma", 0),),
+                DMA,
                 reads=[offchip_span if inward else bank_span],
                 writes=[bank_span if inward else offchip_span],
             )
@@ -282,59 +286,63 @@ class _Generator:
             )
         return sources
 
-    def _set(self, cores: Sequence[int], key: object, setting: isa.Instruction) -> None:
-        """Emit a register setting for the cores that do not have it already."""
-        changed = [core for core in cores if self.settings.get((core, key)) != setting]
+    def _set(
+        self,
+        cores: Sequence[int],
+        register: object,
+        settings: Sequence[_Setting],
+    ) -> None:
+        """Emit the settings of a register for the cores that do not have them already."""
+        changed = [core for core in cores if self.settings.get((core, register)) != settings]
         if not changed:
             return
         for core in changed:
-            self.settings[core, key] = setting
-        instruction = attrs.evolve(setting, cores=_mask(changed))  # type: ignore[call-arg]
-        self.out.emit(instruction, tuple(("compute", core) for core in changed))
+            self.settings[core, register] = settings
+        mask = _mask(changed)
+        for kind, fields in settings:
+            self.out.emit(kind(cores=mask, **fields), compute_lanes(mask))
 
     def _sas(
         self,
         cores: Sequence[int],
         context: int,
         source: _Source,
+        skipped: int = 0,
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
         kernel_width: int = 1,
         shift: int = 0,
     ) -> None:
-        setting = isa.Sas(
-            context=context,
-            bank=source.place.bank,
-            base=source.place.base,
-            block=source.block,
-            blocks=source.blocks,
-            height=source.height,
-            width=source.width,
-            wide=int(source.type.bits == 8),
-            zero=source.type.zero_point,
-            shift=shift,
-            stride_y=stride[0],
-            stride_x=stride[1],
-            dilation_y=dilation[0],
-            dilation_x=dilation[1],
-            origin_y=source.origin[0],
-            origin_x=source.origin[1],
-            kernel_width=kernel_width,
-        )
-        self._set(cores, ("sas", context), setting)
+        """Set an input context for a tile without its first ``skipped`` rows."""
+        fields = {
+            "context": context,
+            "bank": source.place.bank,
+            "base": source.place.base,
+            "block": source.block,
+            "blocks": source.blocks,
+            "height": source.height,
+            "width": source.width,
+            "wide": int(source.type.bits == 8),
+            "zero": source.type.zero_point,
+            "shift": shift,
+            "stride_y": stride[0],
+            "stride_x": stride[1],
+            "dilation_y": dilation[0],
+            "dilation_x": dilation[1],
+            "origin_y": source.origin[0] + skipped * stride[0],
+            "origin_x": source.origin[1],
+            "kernel_width": kernel_width,
+        }
+        self._set(cores, context, [(isa.Sas, fields)])
 
-    def _apw(self, cores: Sequence[int], setting: isa.Apw, residual: isa.Residual | None) -> None:
+    def _apw(
+        self, cores: Sequence[int], fields: dict[str, int], residual: dict[str, int] | None = None
+    ) -> None:
         """Set the APW and its residual; an APW setting clears the residual."""
-        key = ("apw", setting, residual)
-        stale = [core for core in cores if self.settings.get((core, "apw")) != key]
-        if not stale:
-            return
-        for core in stale:
-            self.settings[core, "apw"] = key
-        lanes = tuple(("compute", core) for core in stale)
-        self.out.emit(attrs.evolve(setting, cores=_mask(stale)), lanes)
-        if residual:
-            self.out.emit(attrs.evolve(residual, cores=_mask(stale)), lanes)
+        settings: list[_Setting] = [(isa.Apw, fields)]
+        if residual is not None:
+            settings.append((isa.Residual, residual))
+        self._set(cores, "apw", settings)
 
     def _target(
         self, step: Step, schedule: LayerSchedule, tile: Sequence[int], block: int, blocks: int
@@ -374,9 +382,7 @@ class _Generator:
         place: int,
         tile: tuple[int, int, int, int],
     ) -> None:
-        number = self.turns[turn].load
-        assert number is not None
-        load = schedule.loads[number]
+        load = self._load(turn)
         sources = self._sources(step, schedule, tile, 0, None)
         self.loader.ahead(turn)  # behind the maps that this turn waits for
         partial_base = self.partial_base
@@ -406,7 +412,7 @@ class _Generator:
                     group,
                 )
         if schedule.output_staged:
-            self._move_finished(step, schedule, tile, load, number)
+            self._move_finished(step, schedule, tile, load)
 
     def _row_words(self, step: Step, tile: Sequence[int]) -> int:
         """Words of the partial sums of one written row of a tile, per core."""
@@ -428,16 +434,15 @@ class _Generator:
         """Emit what some cores do of a tile: rows from ``first`` on."""
         loaded = self.loader.loaded[turn]
         image = loaded.image
-        splits = any(
-            not (piece.first and piece.last) for core in cores for piece in self._pieces(turn, core)
-        )
+        pieces = self._load(turn).cores
+        splits = any(not (piece.first and piece.last) for core in cores for piece in pieces[core])
         skipped = first * step.pooling[0]
         for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False)):
-            origin = (source.origin[0] + skipped * term.stride[0], source.origin[1])
             self._sas(
                 cores,
                 context,
-                attrs.evolve(source, origin=origin),
+                source,
+                skipped,
                 term.stride,
                 term.dilation,
                 term.kernel[1],
@@ -461,20 +466,16 @@ class _Generator:
             place = self.partial_base if schedule.chained else partial_base
             (writes if alike else shared).append((memory, place, place + words))
         for core in cores:
-            part = image.cores[core]
-            for sram, at, length in (
-                (isa.MEMORY_INDEX, loaded.index, part.index_bytes),
-                (isa.MEMORY_PARAMETER, loaded.parameters, part.parameter_bytes),
-            ):
-                reads.append((("sram", sram, core), at, at + length))
-            reads.append((("slots", core), loaded.slot, loaded.slot + part.group_sets))
+            reads += loaded.spans[core]
+        mask = _mask(cores)
         self.loader.computes(cores)
         decoded: dict[int, DecodedLoad] | None = None
         if self.image.content == "sizes":
-            decoded = {core: self._decoded(turn, core) for core in cores}
+            packed, load = self.packed[layer.name], self._load(turn)
+            decoded = {core: decoded_load(packed, load, core) for core in cores}
         self.out.emit(
             isa.Conv(
-                cores=_mask(cores),
+                cores=mask,
                 descriptor=loaded.index,
                 codes=loaded.index + image.descriptor_bytes,
                 parameters=loaded.parameters,
@@ -487,55 +488,48 @@ class _Generator:
                 partial_bank=partial.bank if splits else 0,
                 partial_base=partial_base if splits else 0,
             ),
-            tuple(("compute", core) for core in cores),
+            compute_lanes(mask),
             reads,
             writes,
             shared,
             decoded,
         )
 
-    def _decoded(self, turn: int, core: int) -> DecodedLoad:
-        key = (self.turns[turn].layer, self.turns[turn].load, core)
-        if key not in self.decoded:
-            packed = self.packed[self.turns[turn].schedule.layer]
-            self.decoded[key] = decoded_load(packed, self._pieces(turn, core))
-        return self.decoded[key]
-
-    def _pieces(self, turn: int, core: int) -> tuple[Piece, ...]:
+    def _load(self, turn: int) -> Load:
         number = self.turns[turn].load
         assert number is not None
-        return self.turns[turn].schedule.loads[number].cores[core]
+        return self.turns[turn].schedule.loads[number]
 
     def _move_finished(
-        self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load, number: int
+        self, step: Step, schedule: LayerSchedule, tile: Sequence[int], load: Load
     ) -> None:
         """Move out what is finished: the whole tile after its last load, or this load's blocks."""
         kind = self.types[step.output]
         window = Window(tile[0], tile[1], tile[2], tile[3], (0, 0))
         if schedule.order == "tiles" or len(schedule.loads) == 1:
-            if number == len(schedule.loads) - 1:
+            if load is schedule.loads[-1]:
                 self._move(isa.MOVE_OUT, step.output, window, schedule.place, 0, kind.blocks)
             return
         finished = sorted(piece.block for pieces in load.cores for piece in pieces if piece.last)
         for first, count in _runs(finished):
             self._move(isa.MOVE_OUT, step.output, window, schedule.place, first, count, kind.blocks)
 
-    def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> isa.Apw:
+    def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> dict[str, int]:
         requant = layer.requant
         ph, pw = step.pooling
         if requant is None:
-            return isa.Apw(mode=isa.MODE_RAW, **target)
+            return {"mode": isa.MODE_RAW, **target}
         native = requant.native
-        return isa.Apw(
-            mode=isa.MODE_SHIFT if native else isa.MODE_MULTIPLIER,
-            shift=int(requant.shift[0]) if native else 0,
-            zero=requant.zero_point,
-            low=requant.low,
-            high=requant.high,
-            pool_height=ph,
-            pool_width=pw,
+        return {
+            "mode": isa.MODE_SHIFT if native else isa.MODE_MULTIPLIER,
+            "shift": int(requant.shift[0]) if native else 0,
+            "zero": requant.zero_point,
+            "low": requant.low,
+            "high": requant.high,
+            "pool_height": ph,
+            "pool_width": pw,
             **target,
-        )
+        }
 
     def _residual(
         self,
@@ -545,23 +539,23 @@ class _Generator:
         tile: Sequence[int],
         sources: Sequence[_Source],
         skipped: int,
-    ) -> isa.Residual | None:
+    ) -> dict[str, int] | None:
         if layer.residual is None:
             return None
         source = sources[-1]
         staged = schedule.staged[-1]
         ph, pw = step.pooling
-        return isa.Residual(
-            bank=source.place.bank,
-            base=source.place.base,
-            blocks=source.blocks,
-            height=source.height,
-            width=source.width,
-            wide=int(source.type.bits == 8),
-            shift=layer.residual.shift,
-            y=skipped + (0 if staged else tile[0] * ph),
-            x=0 if staged else tile[1] * pw,
-        )
+        return {
+            "bank": source.place.bank,
+            "base": source.place.base,
+            "blocks": source.blocks,
+            "height": source.height,
+            "width": source.width,
+            "wide": int(source.type.bits == 8),
+            "shift": layer.residual.shift,
+            "y": skipped + (0 if staged else tile[0] * ph),
+            "x": 0 if staged else tile[1] * pw,
+        }
 
     # -- pools and additions ---------------------------------------------------------------------
 
@@ -585,7 +579,7 @@ class _Generator:
         cores = tuple(range(min(self.arch.cores, blocks)))
         for context, source in enumerate(sources):
             if isinstance(layer, Pool):
-                self._sas(cores, context, source, layer.stride)
+                self._sas(cores, context, source, stride=layer.stride)
             else:
                 self._sas(cores, context, source)
         target, (y, x), out_span = self._target(step, schedule, tile, block, blocks)
@@ -598,9 +592,10 @@ class _Generator:
                 "low": requant.low,
                 "high": requant.high,
             }
-        self._apw(cores, isa.Apw(**fields), None)
+        self._apw(cores, fields)
+        mask = _mask(cores)
         shape = {
-            "cores": _mask(cores),
+            "cores": mask,
             "block": block,
             "blocks": blocks,
             "y": y,
@@ -630,7 +625,7 @@ class _Generator:
             )
         self.out.emit(
             instruction,
-            tuple(("compute", core) for core in cores),
+            compute_lanes(mask),
             [source.span for source in sources],
             [out_span],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -105,10 +106,11 @@ def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
     )
 
 
-def decoded_load(packed: PackedConv, pieces: Sequence[Piece]) -> DecodedLoad:
+@functools.lru_cache(maxsize=4096)
+def decoded_load(packed: PackedConv, load: Load, core: int) -> DecodedLoad:
     """Give what the machine makes of one core's tables (macro slots count from 0)."""
     visits, slot = [], 0
-    for piece in pieces:
+    for piece in load.cores[core]:
         block = packed.blocks[piece.block]
         segments = []
         for start, stop in block.segments(piece.start, piece.stop):

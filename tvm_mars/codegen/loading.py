@@ -14,7 +14,7 @@ from mars_runtime.packing import group_set_bytes
 from ..pack import PackedConv
 from ..schedule.plan import Step
 from ..schedule.types import LayerSchedule, ScheduleError
-from .emitter import Emitter, Span
+from .emitter import DMA, Emitter, Span, load_lanes
 from .image import CoreImage, LoadImage
 
 __all__ = ["Loaded", "Loader", "Turn", "turns"]
@@ -57,12 +57,13 @@ def turns(
 
 @attrs.frozen
 class Loaded:
-    """Where a load's tables and group-sets lie on every core."""
+    """Where a load's tables and group-sets lie on every core, and what a CONV reads of each."""
 
     image: LoadImage
     index: int
     parameters: int
-    slot: int
+    slot: int = 0
+    spans: dict[int, list[Span]] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -126,7 +127,8 @@ class Loader:
         self.slots = _Ring("macro slots", 0)
         self.width = 0  # of the weights in the arrays
         self.loaded: dict[int, Loaded] = {}
-        self.waiting: dict[int, dict[int, int]] = {}  # by turn: cores' weights in their SRAM
+        # By turn, where the cores' weights lie in their SRAM.
+        self.waiting: dict[int, dict[int, tuple[int, list[Span]]]] = {}
 
     def _due(self, ahead: Sequence[int]) -> list[int]:
         """Give the turn before which each load is due; never before that of an earlier load."""
@@ -190,8 +192,8 @@ class Loader:
                 if count <= 0:
                     continue
                 at = self.weight[core].take(count * size, number)
-                self._fetch_weights(core, part, start * size, count * size, at)
-                self._fill_slots(core, at, slot + start, count, weight_bits)
+                pages = self._fetch_weights(core, part, start * size, count * size, at)
+                self._fill_slots(core, at, slot + start, count, weight_bits, pages)
                 del self.weight[core].held[number]
 
     def _fetch(self, number: int, turn: Turn) -> None:
@@ -203,8 +205,7 @@ class Loader:
         for core, part in _filling(image).items():
             length = part.group_sets * size
             at = self.weight[core].take(length, number)
-            self._fetch_weights(core, part, 0, length, at)
-            self.waiting[number][core] = at
+            self.waiting[number][core] = at, self._fetch_weights(core, part, 0, length, at)
 
     def _fill(self, number: int, turn: Turn) -> None:
         """Fill the arrays from the weight SRAMs."""
@@ -212,16 +213,16 @@ class Loader:
         weight_bits = self.packed[turn.schedule.layer].weight_bits
         self._prepare(image)
         slot = self._slot(number, turn, image, weight_bits)
-        for core, at in self.waiting.pop(number).items():
-            self._fill_slots(core, at, slot, image.cores[core].group_sets, weight_bits)
+        for core, (at, pages) in self.waiting.pop(number).items():
+            self._fill_slots(core, at, slot, image.cores[core].group_sets, weight_bits, pages)
             del self.weight[core].held[number]
 
     def _prepare(self, image: LoadImage) -> None:
         closed = [core for core in _filling(image) if core not in self.open]
         if not closed:
             return
-        lanes = tuple(("load", core) for core in closed)
-        self.out.emit(isa.Prepare(cores=sum(1 << core for core in closed)), lanes)
+        mask = sum(1 << core for core in closed)
+        self.out.emit(isa.Prepare(cores=mask), load_lanes(mask))
         self.open.update(closed)
 
     def _tables(self, number: int, image: LoadImage) -> None:
@@ -230,11 +231,20 @@ class Loader:
         index = self.index.take(max(part.index_bytes for part in parts), number)
         parameters = self.parameters.take(max(part.parameter_bytes for part in parts), number)
         for core, part in image.cores.items():
-            self._emit_fetch(core, isa.MEMORY_INDEX, part.index, part.index_bytes, index)
-            self._emit_fetch(
-                core, isa.MEMORY_PARAMETER, part.parameters, part.parameter_bytes, parameters
-            )
-        self.loaded[number] = Loaded(image, index, parameters, 0)
+            for memory, name, source, length, at in (
+                (isa.MEMORY_INDEX, "index", part.index, part.index_bytes, index),
+                (
+                    isa.MEMORY_PARAMETER,
+                    "parameter",
+                    part.parameters,
+                    part.parameter_bytes,
+                    parameters,
+                ),
+            ):
+                self._emit_fetch(
+                    core, memory, source, length, at, [((name, core), at, at + length)]
+                )
+        self.loaded[number] = Loaded(image, index, parameters)
 
     def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> int:
         """Give the first macro slot, the same on every core."""
@@ -248,36 +258,50 @@ class Loader:
         self.width, self.slots.size = weight_bits, self.arch.slots(weight_bits)
         count = max((part.group_sets for part in image.cores.values()), default=0)
         at = self.slots.take(count, number, 0 if turn.schedule.slots == "low" else None)
-        self.loaded[number] = attrs.evolve(self.loaded[number], slot=at)
+        loaded = self.loaded[number]
+        spans: dict[int, list[Span]] = {
+            core: [
+                (("index", core), loaded.index, loaded.index + part.index_bytes),
+                (("parameter", core), loaded.parameters, loaded.parameters + part.parameter_bytes),
+                (("slots", core), at, at + part.group_sets),
+            ]
+            for core, part in image.cores.items()
+        }
+        self.loaded[number] = attrs.evolve(loaded, slot=at, spans=spans)
         return at
 
-    def _fetch_weights(self, core: int, part: CoreImage, skip: int, length: int, at: int) -> None:
-        source = self.weights_base + part.weights + skip
-        self._emit_fetch(core, isa.MEMORY_WEIGHT, source, length, at)
+    def _fetch_weights(
+        self, core: int, part: CoreImage, skip: int, length: int, at: int
+    ) -> list[Span]:
+        """Fetch some of a core's weights; give where they lie."""
+        source, pages = self.weights_base + part.weights + skip, _pages(core, at, length)
+        self._emit_fetch(core, isa.MEMORY_WEIGHT, source, length, at, pages)
+        return pages
 
-    def _emit_fetch(self, core: int, memory: int, source: int, length: int, at: int) -> None:
+    def _emit_fetch(
+        self, core: int, memory: int, source: int, length: int, at: int, writes: list[Span]
+    ) -> None:
         self.out.emit(
             isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
-            (("dma", 0),),
-            writes=_sram_spans(memory, core, at, length),
+            DMA,
+            writes=writes,
         )
 
-    def _fill_slots(self, core: int, at: int, slot: int, count: int, weight_bits: int) -> None:
-        length = count * group_set_bytes(weight_bits)
+    def _fill_slots(
+        self, core: int, at: int, slot: int, count: int, weight_bits: int, reads: list[Span]
+    ) -> None:
         self.out.emit(
             isa.Fill(
                 core=core, source=at, slot=slot, count=count, weight_bits=int(weight_bits == 8)
             ),
-            (("load", core),),
-            reads=_sram_spans(isa.MEMORY_WEIGHT, core, at, length),
-            writes=[(("slots", core), slot, slot + count)],
+            load_lanes(1 << core),
+            reads,
+            [(("slots", core), slot, slot + count)],
         )
 
 
-def _sram_spans(memory: int, core: int, at: int, length: int) -> list[Span]:
-    """Give some bytes of a core's SRAM; a weight SRAM in pages, of which each has few accesses."""
-    if memory != isa.MEMORY_WEIGHT:
-        return [(("sram", memory, core), at, at + length)]
+def _pages(core: int, at: int, length: int) -> list[Span]:
+    """Give some bytes of a weight SRAM in pages, of which each has few accesses."""
     end = at + length
     return [
         (("page", core, page), max(at, page * _PAGE), min(end, (page + 1) * _PAGE))

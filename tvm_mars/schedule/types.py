@@ -53,7 +53,7 @@ class Piece:
         return self.stop == self.total
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Load:
     """One filling of the arrays: for each core the pieces that it holds, in walking order."""
 
