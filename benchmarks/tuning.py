@@ -4,24 +4,7 @@ All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` f
 ResNet-18 on every overlap; ``--sweep`` for the assumed ``macro_write_bits``; ``--compare`` for the
 strategies at equal trials and at equal time.
 
-**The bound** holds for every schedule in which a layer starts when the maps that it reads are
-complete, which is how programs are made. Let S be the group-sets of the network, each filled at
-least once.
-
-*Without overlap, or with prefetch,* a core computes or is filled, never both: four times the
-latency is at least all macro cycles, plus all fill cycles, plus the opening of arrays. A core's
-array is full after as many group-sets as it holds, and has to be used before it is opened again, so
-that ``ceil(S / slots)`` openings are needed in all.
-
-*With full overlap* a core may be filled while it computes, but never hold more than its slots. Let
-t(i) be when every layer before i is done. Between t(i) and t(j) the layers i to j-1 compute; and of
-their group-sets all but the ``4 x slots`` that the chip can hold at t(i) are filled, in arrays of
-which one may have been open already. Both divided by the cores are lower bounds of t(j) - t(i); the
-longest path through them is one of the latency. The first layer waits for an opened array.
-
-In both cases every bit fetched, and every map that enters or leaves the chip, holds the off-chip
-port for its time; the bound is the larger. It is not always reachable: kernel blocks do not divide
-evenly, and drains, tables and the first and last map are left out of the cores' part.
+The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 """
 
 from __future__ import annotations
@@ -39,18 +22,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mars_runtime import PRESETS, MarsArch, isa, simulate
-from mars_runtime.packing import group_set_bytes
+from mars_runtime import PRESETS, MarsArch, simulate
 from mars_runtime.quantize import Dequantize, Quantize
-from mars_runtime.timing import WORD_BITS, fill_cycles, offchip_cycles
 from tvm_mars.codegen import generate, time_schedule
 from tvm_mars.graph import Conv, Graph, Input, Output
 from tvm_mars.networks import resnet18, vgg16
+from tvm_mars.schedule import Point, Schedule
+from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.database import Database
+from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space
 from tvm_mars.tuner.strategies import make_strategy
-from tvm_mars.zoo import load_digits
+from tvm_mars.zoo.entries import load
 
 PAPER_FPS = {("vgg16", 8): 540, ("vgg16", 4): 714, ("resnet18", 8): 403, ("resnet18", 4): 711}
 # Table II: the share of group-sets left in ResNet-18 on CIFAR-10 at w8a8 and w8a4 is 5 %.
@@ -62,63 +46,8 @@ OVERLAPS = ("none", "prefetch", "full")
 
 
 def bound(space: Space) -> int:
-    """Give cycles that no schedule beats, as derived above."""
-    arch, layers = space.arch, _work(space)
-    stored = sum(group_sets for group_sets, _, _ in layers)
-    fills = sum(fill for _, fill, _ in layers)
-    computes = sum(compute for _, _, compute in layers)
-    slots = arch.slots(8)
-    if arch.overlap == "full":
-        cores = _longest_path(arch, layers, slots)
-    else:
-        openings = -(-stored // slots) * arch.array_fill_cycles
-        cores = -(-(computes + fills + openings) // arch.cores)
-    return max(cores, _port(space))
-
-
-def _work(space: Space) -> list[tuple[int, int, int]]:
-    """Give each convolution's group-sets, and their cycles of filling and of the macros."""
-    found = []
-    for layer in space.graph.layers:
-        if not isinstance(layer, Conv):
-            continue
-        packed, out = space.packed[layer.name], space.graph.types[layer.name]
-        accesses = [space.arch.accesses(space.graph.types[term.input].bits) for term in layer.terms]
-        macros = sum(int(np.take(accesses, block.terms).sum()) for block in packed.blocks)
-        fill = fill_cycles(space.arch, isa.Fill(count=1, weight_bits=packed.weight_bits == 8))
-        found.append((packed.group_sets, packed.group_sets * fill, macros * out.height * out.width))
-    return found
-
-
-def _longest_path(arch: MarsArch, layers: Sequence[tuple[int, int, int]], slots: int) -> int:
-    done = [0]
-    for stop in range(1, len(layers) + 1):
-        latest = done[-1] + layers[stop - 1][2] / arch.cores
-        if stop == 1:
-            latest += arch.array_fill_cycles
-        for first in range(stop):
-            group_sets = sum(one[0] for one in layers[first:stop])
-            fill = sum(one[1] for one in layers[first:stop])
-            held = arch.cores * slots if first else 0
-            fresh = group_sets - held
-            if fresh <= 0:
-                continue
-            openings = -(-fresh // slots) - (arch.cores if first else 0)
-            cycles = fill * fresh / group_sets + max(0, openings) * arch.array_fill_cycles
-            latest = max(latest, done[first] + cycles / arch.cores)
-        done.append(int(latest))
-    return done[-1]
-
-
-def _port(space: Space) -> int:
-    graph = space.graph
-    bits = sum(
-        8 * packed.group_sets * (group_set_bytes(packed.weight_bits) + isa.CODE_BYTES)
-        for packed in space.packed.values()
-    )
-    ends = [entry.name for entry in graph.inputs] + [out.value for out in graph.outputs]
-    words = sum(graph.types[name].words for name in ends)
-    return offchip_cycles(space.arch, bits + words * WORD_BITS)
+    """Give cycles that no schedule beats."""
+    return least_cycles(space.graph, space.arch, space.packed)
 
 
 def fps(cycles: float, arch: MarsArch) -> float:
@@ -169,39 +98,63 @@ def table_of(
     console.print(table)
 
 
-def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -> None:
-    """Print the strategies at equal trials, with the time that each took, fitting included."""
-    arch = attrs.evolve(PRESETS["mars"], name="full", overlap="full")
-    space = Space.of(graph, arch)
-    table = Table(title=f"full overlap: median cycles of {seeds} seeds", box=None)
-    table.add_column("strategy")
-    for count in trials:
-        table.add_column(f"{count} trials", justify="right")
-    table.add_column("seconds", justify="right")
-    for strategy, model in (
-        ("evolution", "xgb"),
-        ("evolution", "none"),
-        ("annealing", "none"),
-        ("random", "none"),
-        ("grid", "none"),
-    ):
-        best: dict[int, list[int]] = {count: [] for count in trials}
-        start = time.process_time()
-        for seed in range(seeds if strategy != "grid" else 1):
-            options = SearchOptions(
-                trials=max(trials), batch=16, strategy=strategy, cost_model=model, seed=seed
-            )
-            with tempfile.TemporaryDirectory() as directory:
-                database = Database(directory)
-                search(space, database, options)
-            for count in trials:
-                best[count].append(min(one.cycles for one in database.records[:count]))
-        seconds = (time.process_time() - start) / len(best[trials[0]])
-        table.add_row(
-            f"{strategy}, {model}" if strategy == "evolution" else strategy,
-            *(f"{statistics.median(best[count]):,.0f}" for count in trials),
-            f"{seconds:.1f}",
+COMPARED = (
+    ("evolution", "xgb"),
+    ("evolution", "none"),
+    ("annealing", "none"),
+    ("random", "none"),
+    ("grid", "none"),
+)
+
+
+def course(space: Space, options: SearchOptions) -> list[tuple[float, int]]:
+    """Give after each trial of a search the seconds of CPU so far, and the best cycles."""
+    start = time.process_time()
+    found: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        search(
+            space,
+            Database(directory),
+            options,
+            on_trial=lambda _, best: found.append((time.process_time() - start, best.cycles)),
         )
+    return found
+
+
+def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -> None:
+    """Print the strategies at equal trials, and in the time of plain evolution, fitting included.
+
+    The space keeps what its points share, so that it is made anew for every search.
+    """
+    arch = attrs.evolve(PRESETS["mars"], name="full", overlap="full")
+    table = Table(title=f"full overlap: median (worst) cycles of {seeds} seeds", box=None)
+    for name in ("strategy", "trials", "cycles", "seconds", "cycles in plain evolution's time"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for count in trials:
+        courses = {
+            kind: [
+                course(
+                    Space.of(graph, arch),
+                    SearchOptions(
+                        trials=count, batch=16, strategy=kind[0], cost_model=kind[1], seed=seed
+                    ),
+                )
+                for seed in range(seeds if kind[0] != "grid" else 1)
+            ]
+            for kind in COMPARED
+        }
+        budget = statistics.median(one[-1][0] for one in courses["evolution", "none"])
+        for (strategy, model), runs in courses.items():
+            ends = [one[-1][1] for one in runs]
+            within = [min(c for at, c in one if at <= max(budget, one[0][0])) for one in runs]
+            table.add_row(
+                f"{strategy}, {model}" if strategy == "evolution" else strategy,
+                str(count),
+                f"{statistics.median(ends):,.0f} ({max(ends):,})",
+                f"{statistics.median(one[-1][0] for one in runs):.1f}",
+                f"{statistics.median(within):,.0f}",
+            )
+            print(count, strategy, model, ends, file=sys.stderr, flush=True)
     console.print(table)
 
 
@@ -218,17 +171,19 @@ def layer_alone(graph: Graph, name: str) -> Graph:
 
 
 def speed(console: Console) -> None:
-    """Print how many random schedules of a VGG16 layer one process times in a second of CPU."""
-    for name in ("conv1", "conv4", "conv7", "conv11"):
-        space = Space.of(layer_alone(vgg16(), name), PRESETS["mars"])
-        strategy = make_strategy("random", space, seed=0, trials=1)
-        points = [point for point in strategy.propose(400) if space.legal(point) is None]
-        schedules = [space.realize(point) for point in points]
+    """Print how many random schedules of VGG16's layers one process times in a second of CPU."""
+    graph = vgg16()
+    table = Table(title="schedules timed in a second of CPU", box=None)
+    for name in ("layer", "schedules", "instructions", "a second", "x of build and simulate"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for layer in graph.layers:
+        if not isinstance(layer, Conv):
+            continue
+        space = Space.of(layer_alone(graph, layer.name), PRESETS["mars"])
+        schedules = [space.realize(point) for point in proposed(space, 200)]
+        rate = len(schedules) / seconds(space, schedules)
         start = time.process_time()
-        for schedule in schedules:
-            time_schedule(space.graph, space.arch, space.packed, schedule)
-        seconds = time.process_time() - start
-        start = time.process_time()
+        count = 0
         for schedule in schedules[:20]:
             region = generate(
                 space.graph,
@@ -239,13 +194,47 @@ def speed(console: Console) -> None:
                 output_names=["y0"],
                 with_weights=False,
             )
+            count += len(region.instructions)
             simulate(region, space.arch)
         whole = (time.process_time() - start) / len(schedules[:20])
-        rate = len(schedules) / seconds
-        console.print(
-            f"{name}: {rate:,.0f} schedules a second of CPU, {whole * rate:.1f}x of building and "
-            f"simulating the program ({len(schedules)} distinct schedules)"
+        table.add_row(
+            layer.name,
+            str(len(schedules)),
+            f"{count / len(schedules[:20]):.0f}",
+            f"{rate:,.0f}",
+            f"{whole * rate:.1f}",
         )
+    console.print(table)
+    for bits in (8, 4):
+        space = Space.of(vgg16(activation_bits=bits), PRESETS["mars"])
+        schedules = [space.realize(space.default)] * 5
+        milliseconds = 1000 * seconds(space, schedules) / len(schedules)
+        console.print(f"VGG16 w8a{bits}, default schedule: {milliseconds:.1f} ms of CPU")
+
+
+def proposed(space: Space, count: int) -> list[Point]:
+    """Give points that a search measures."""
+    strategy = make_strategy("evolution", space, seed=0, trials=count, cost_model="none")
+    found: list[Point] = []
+    while len(found) < count:
+        points = strategy.propose(16)
+        if not points:
+            break
+        costs = [measure(space, point) for point in points]
+        found += [point for point, cost in zip(points, costs, strict=True) if cost is not None]
+        strategy.observe(points, [None if cost is None else cost.cycles for cost in costs])
+    return found
+
+
+def seconds(space: Space, schedules: Sequence[Schedule]) -> float:
+    """Give the CPU time of timing schedules: the best of three, warm."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        for schedule in schedules:
+            time_schedule(space.graph, space.arch, space.packed, schedule)
+        best = min(best, time.process_time() - start)
+    return best
 
 
 def main() -> None:
@@ -255,7 +244,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sweep", action="store_true", help="over macro_write_bits")
     parser.add_argument("--compare", action="store_true", help="strategies")
-    parser.add_argument("--digits", action="store_true", help="compare on the zoo's digits network")
+    parser.add_argument("--network", default="digits", help="of the zoo, for --compare")
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
@@ -266,8 +255,9 @@ def main() -> None:
         speed(console)
         return
     if options.compare:
-        graph = load_digits() if options.digits else NETWORKS["vgg16"](4)
+        graph = load(options.network)
         counts = [count for count in (64, 256, 1024) if count <= options.trials]
+        console.print(f"zoo network {options.network}")
         compare(console, graph, counts, options.seeds)
         return
     machines = [

@@ -30,8 +30,9 @@ MACHINES = {
 def test_loads_hold_every_group_set_once_within_every_memory(name, first_seed):
     arch = MACHINES[name]
     for seed in range(first_seed, first_seed + 150):
-        for packed in pack(random_graph(seed), arch).values():
-            loads = make_loads(packed, arch, [2] * 8)
+        for number, packed in enumerate(pack(random_graph(seed), arch).values()):
+            most = (0, 1, 3, 7, 16)[(seed + number) % 5]
+            loads = make_loads(packed, arch, [2] * 8, most=most)
             held: dict[int, list[tuple[int, int]]] = {}
             core_of: dict[int, set[int]] = {}
             for load in loads:
@@ -44,7 +45,7 @@ def test_loads_hold_every_group_set_once_within_every_memory(name, first_seed):
                         assert piece.total == packed.blocks[piece.block].group_sets
                         block = packed.blocks[piece.block]
                         segments += len(block.segments(piece.start, piece.stop))
-                    assert load.group_sets(core) <= arch.slots(packed.weight_bits)
+                    assert load.group_sets(core) <= (most or arch.slots(packed.weight_bits))
                     record = block_parameter_bytes(packed.multiplier is not None)
                     assert len(pieces) * record * 8 <= arch.parameter_sram_bits
                     descriptors.append(segments * isa.SEGMENT_BYTES)

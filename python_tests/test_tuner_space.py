@@ -24,6 +24,7 @@ from tvm_mars.codegen import generate
 from tvm_mars.compiler import NamedGraph, build_region
 from tvm_mars.graph import Graph, evaluate_values
 from tvm_mars.schedule import Point, ScheduleError, plan
+from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.space import Space
 
 MARS = PRESETS["mars"]
@@ -59,6 +60,7 @@ def run_point(
         return "refused"
     graph, arch, schedule = space.graph, space.arch, space.realize(point)
     region = build_region(NamedGraph.of(graph), arch, scheduler=lambda *_: schedule)
+    assert least_cycles(graph, arch, space.packed) <= expected.cycles
     outputs, timeline = execute(region, arch, graph, codes)
     assert timeline == expected == simulate(region, arch)
     for out, found in zip(graph.outputs, outputs, strict=True):
@@ -112,7 +114,7 @@ def test_a_block_that_is_spread_over_the_cores_gives_the_codes(name):
             space = Space.of(graph, MACHINES[name])
         except CapacityError:
             continue
-        changes = {"chained": True, "partial": "bank", "row_groups": 1}
+        changes = {"chained": True, "row_groups": 1}
         steps = tuple(
             attrs.evolve(choice, **changes) if "chained" in space.domain(index) else choice
             for index, choice in enumerate(space.default.steps)
@@ -126,6 +128,15 @@ def test_a_block_that_is_spread_over_the_cores_gives_the_codes(name):
             )
         ] += 1
     assert ran["moved"] >= 6, ran
+
+
+def test_kernel_blocks_are_cut_into_equal_parts():
+    """A block of 18 group-sets, at most 8 a load: three of 6, each in a load of its own."""
+    space = Space.of(every_kind_of_layer(), MARS)
+    layer = space.graph.layers[0]
+    loads = space.loads(layer, attrs.evolve(space.default.steps[0], most=8, row_groups=1))
+    parts = [piece for load in loads for piece in load.cores[0]]
+    assert parts[0].total == 18 and [part.group_sets for part in parts] == [6, 6, 6]
 
 
 def test_loads_that_are_filled_together_open_the_arrays_once():
@@ -150,7 +161,6 @@ def test_loads_that_are_filled_together_open_the_arrays_once():
 
 REFUSALS = [
     ({"bank": 0, "tile": (99, 1)}, "a tile of 99x1"),
-    ({"partial": "bank"}, "partial sums bank, where none would do"),
     ({"row_groups": 9}, "9 groups of 4 cores"),
     ({"block_tile": 9}, "9 channel blocks of 2"),
     ({"chained": True}, "a chain of one kernel block, not 2"),

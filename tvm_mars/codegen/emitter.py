@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
@@ -48,7 +49,7 @@ class _Emitted:
     waits: list[int]
     follows: dict[Lanes, int]  # by lanes, the last instruction that must be done
     loads: Mapping[int, DecodedLoad] | None
-    last_waiter: int = -1  # the last instruction that waits for this one
+    waiters: list[int] = attrs.field(factory=list)  # that wait for this one
 
 
 #: Accesses of one memory: by first cell, end and lanes, the last instruction with each.
@@ -158,7 +159,7 @@ class Emitter:
             late = [waited for waited in known if waited.get(other, -1) < earlier]
             if late:
                 waits.append(earlier)
-                self.emitted[earlier].last_waiter = index
+                self.emitted[earlier].waiters.append(index)
                 for waited in late:
                     waited[other] = earlier
         return waits
@@ -166,7 +167,8 @@ class Emitter:
     def issues(self) -> Iterator[Issued]:
         """Allot tokens: yield the instructions in program order, with SYNCs where tokens run out.
 
-        An instruction that is waited for takes the lowest free token, until its last waiter.
+        An instruction that is waited for takes the lowest free token, until its last waiter. When
+        all are in use, a SYNC joins those that are waited for last.
         """
         token_of: dict[int, int] = {}
         holders = [0] * isa.TOKENS
@@ -176,27 +178,36 @@ class Emitter:
             for earlier in entry.waits:
                 token = token_of[earlier]
                 mask |= 1 << token
-                if self.emitted[earlier].last_waiter == index:
+                if self.emitted[earlier].waiters[-1] == index:
                     del token_of[earlier]
                     holders[token] -= 1
                     if not holders[token]:
                         used ^= 1 << token
             signal = 0
-            if entry.last_waiter >= 0:
+            if entry.waiters:
                 if used == _ALL_TOKENS:
-                    # All tokens are in use: one SYNC waits for them and stands in for all.
-                    token = next(iter(token_of.values()))
-                    yield Issued(isa.Sync(), used, token + 1, entry.layer)
-                    holders = [0] * isa.TOKENS
-                    holders[token] = len(token_of)
-                    token_of = dict.fromkeys(token_of, token)
-                    used = 1 << token
+                    joined = self._last_waited(token_of, index)
+                    token, joined_mask = joined[0], sum(1 << one for one in joined)
+                    yield Issued(isa.Sync(), joined_mask, token + 1, entry.layer)
+                    for earlier, held in token_of.items():
+                        if held in joined:
+                            token_of[earlier] = token
+                    holders[token] = sum(holders[one] for one in joined)
+                    used ^= joined_mask ^ 1 << token
                 token = (~used & (used + 1)).bit_length() - 1
                 token_of[index] = token
                 holders[token] += 1
                 used |= 1 << token
                 signal = token + 1
             yield Issued(entry.instruction, mask, signal, entry.layer, entry.loads)
+
+    def _last_waited(self, token_of: Mapping[int, int], index: int) -> list[int]:
+        """Give the half of the tokens whose next waiters come last."""
+        soonest = [len(self.emitted)] * isa.TOKENS
+        for earlier, token in token_of.items():
+            waiters = self.emitted[earlier].waiters
+            soonest[token] = min(soonest[token], waiters[bisect(waiters, index - 1)])
+        return sorted(range(isa.TOKENS), key=lambda token: -soonest[token])[: isa.TOKENS // 2]
 
     def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
         """Give the instructions with their tokens, and each one's layer."""

@@ -33,12 +33,13 @@ class Choice:
         Where a resident output is written.
     order : "loads" or "tiles"
         The outer loop.
-    partial : "none", "bank" or "offchip"
-        Where partial sums travel.
+    partial : "bank" or "offchip"
+        Where partial sums of a cut kernel block travel.
     row_groups : int
         Into how many groups the cores are divided by rows.
     most : int
-        Group-sets that a load may put on a core; 0 for as many as the array holds.
+        Group-sets that a load may put on a core; 0 for as many as the array holds. A kernel block
+        of more is cut into equal parts.
     chunk : int
         Group-sets per FETCH and FILL.
     join : bool
@@ -59,7 +60,7 @@ class Choice:
     staged: bool = False
     bank: int = 0
     order: Literal["tiles", "loads"] = "loads"
-    partial: Literal["none", "bank", "offchip"] = "none"
+    partial: Literal["bank", "offchip"] = "bank"
     row_groups: int = 1
     most: int = 0
     chunk: int = 8
@@ -91,7 +92,7 @@ def point_of(graph: Graph, schedule: Schedule) -> Point:
                 staged=entry.output_staged,
                 bank=entry.place.bank,
                 order=entry.order,
-                partial=entry.partial,
+                partial="offchip" if entry.partial == "offchip" else "bank",
                 row_groups=entry.row_groups,
                 chunk=entry.fetch_chunk,
             )

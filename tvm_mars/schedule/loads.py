@@ -66,13 +66,15 @@ def make_loads(
     arch: MarsArch,
     accesses: Sequence[int],
     row_groups: int = 1,
-    most: int | None = None,
+    most: int = 0,
 ) -> tuple[Load, ...]:
     """Share out kernel blocks and cut them into loads.
 
     Blocks go, heaviest first, to the core with the least work. On a core, blocks that do not fit
-    one array come first, back to back over as many loads as they need (each continues the partial
-    sum of the one before); the others each go whole into the first load that has room.
+    one load come first, over as many loads as they need (each continues the partial sum of the one
+    before): back to back where the array is the limit, else in equal parts, since a small part
+    takes as long as the transport of its sums. The others each go whole into the first load that
+    has room.
 
     Parameters
     ----------
@@ -80,8 +82,8 @@ def make_loads(
         Macro accesses per group-set and pixel, for each term of the layer.
     row_groups : int
         Into how many groups the cores are divided, each of which holds all blocks.
-    most : int, optional
-        Group-sets that a load may put on a core, where the array holds more.
+    most : int
+        Group-sets that a load may put on a core, where the array holds more; 0 for all of it.
     """
     weight = np.asarray(accesses)
     costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
@@ -92,6 +94,8 @@ def make_loads(
         core = work.index(min(work))
         work[core] += costs[block]
         dealt[core].append(block)
+    capacity = arch.slots(packed.weight_bits)
+    most = min(most or capacity, capacity)
     filled = [_fill_core(packed, arch, blocks, most) for blocks in dealt]
     count = max(len(loads) for loads in filled)
     return tuple(
@@ -132,27 +136,28 @@ def chained_loads(packed: PackedConv, arch: MarsArch) -> tuple[Load, ...]:
     return tuple(loads)
 
 
-def _fill_core(
-    packed: PackedConv, arch: MarsArch, blocks: Sequence[int], most: int | None
-) -> list[_Room]:
-    capacity = min(arch.slots(packed.weight_bits), most or arch.slots(packed.weight_bits))
-    rooms = [_Room(packed, arch, capacity)]
+def _fill_core(packed: PackedConv, arch: MarsArch, blocks: Sequence[int], most: int) -> list[_Room]:
+    rooms = [_Room(packed, arch, most)]
     for block in blocks:
         total = packed.blocks[block].group_sets
-        if total <= capacity:
+        if total <= most:
             room = next((room for room in rooms if room.largest(block, 0) == total), None)
-            if room is None and _Room(packed, arch, capacity).largest(block, 0) == total:
-                room = _Room(packed, arch, capacity)
+            if room is None and _Room(packed, arch, most).largest(block, 0) == total:
+                room = _Room(packed, arch, most)
                 rooms.append(room)
             if room is not None:
                 room.put(block, 0, total)
                 continue
+        back_to_back = most == arch.slots(packed.weight_bits)
+        part = total if back_to_back else -(-total // -(-total // most))
         start = 0
         while start < total:
             stop = rooms[-1].largest(block, start)
-            if stop is None:
-                rooms.append(_Room(packed, arch, capacity))
+            wanted = min(total, start + part)
+            if stop is None or (stop < wanted and rooms[-1].pieces and not back_to_back):
+                rooms.append(_Room(packed, arch, most))
                 continue
+            stop = min(stop, wanted)
             rooms[-1].put(block, start, stop)
             start = stop
     return [room for room in rooms if room.pieces]

@@ -238,10 +238,11 @@ class Planner:
         groups = {1, max(1, min(spare, self.types[layer.name].height))}
         return {count: self.make_loads(layer, count) for count in sorted(groups)}
 
-    def make_loads(self, layer: Conv, row_groups: int, most: int | None = None) -> tuple[Load, ...]:
+    def make_loads(self, layer: Conv, row_groups: int, most: int = 0) -> tuple[Load, ...]:
         """Give a layer's loads for so many groups of cores (see :func:`make_loads`)."""
         accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
-        return make_loads(self.packed[layer.name], self.arch, accesses, row_groups, most)
+        packed = self.packed[layer.name]
+        return make_loads(packed, self.arch, accesses, row_groups, most)
 
     def plan(self) -> Schedule:
         """Make the default schedule."""
@@ -378,13 +379,14 @@ class Planner:
             refuse(f"a tile of {height}x{width} in {choice.row_groups} groups of {out}")
         if not 1 <= choice.block_tile <= out.blocks:
             refuse(f"{choice.block_tile} channel blocks of {out.blocks}")
-        if choice.partial not in modes:
-            refuse(f"partial sums {choice.partial}, where {' or '.join(modes)} would do")
-        if choice.chained and (choice.row_groups, choice.partial) not in ((1, "bank"), (1, "none")):
+        partial = "none" if modes == ("none",) else choice.partial
+        if partial not in modes:
+            refuse(f"partial sums {partial}, which {choice.row_groups} groups would do in turn")
+        if choice.chained and (choice.row_groups != 1 or partial == "offchip"):
             refuse("a chain of cores passes its sums on in a bank, all of the tile")
         many = len(loads) > 1
         whole = choice.tile == (out.height, out.width)
-        if many and choice.partial == "bank" and choice.order == "loads" and not whole:
+        if many and partial == "bank" and choice.order == "loads" and not whole:
             refuse("its bank holds the partial sums of one tile, which each load would leave")
         used = [(place, self.types[name].words) for name, place in resident.items()]
         banks = _Banks(self.arch.banks, self.arch.bank_words, used)
@@ -396,7 +398,7 @@ class Planner:
                 refuse(f"bank {choice.bank} has no room for {out.words} words of output")
             banks.take(place, out.words)
         arranged = self._arrange(
-            step, banks, resident, place, choice.tile, choice.block_tile, choice.partial == "bank"
+            step, banks, resident, place, choice.tile, choice.block_tile, partial == "bank"
         )
         if arranged is None:
             refuse(f"what a tile of {height}x{width} needs does not fit the banks")
@@ -406,7 +408,7 @@ class Planner:
                 loads,
                 choice.tile,
                 choice.block_tile,
-                choice.partial,
+                partial,
                 choice.row_groups,
                 place,
                 arranged,

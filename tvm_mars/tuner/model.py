@@ -8,7 +8,7 @@ block_tile       channel blocks per pass, as a share
 staged           whether the output lives off-chip
 bank             of the output
 by_tile          whether tiles are the outer loop
-partial          0 none, 1 in a bank, 2 off-chip
+offchip          whether partial sums of a cut kernel block travel off-chip
 row_groups       groups of cores by rows
 most             group-sets per load, as a share of the array (1 for no limit)
 chunk            logarithm of the group-sets per FETCH
@@ -20,7 +20,12 @@ apart            whether each core has a CONV of its own
 chained          whether its one kernel block is spread over the cores
 group_sets       of the layer, as a share of the chip's arrays
 pixels           of the layer, as a share of the graph's largest
+held             group-sets of the core that has most, in arrays
+cycles           macro cycles of the core that has most
+loads            of the layer
 ===============  ===========================================================================
+
+Behind them stand the sums of the last three over all steps.
 
 The model is a small gradient-boosted ensemble with XGBoost's pairwise rank objective: only the
 order of points matters to a search.
@@ -35,7 +40,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..schedule import Choice, Point, Step
+from ..graph import Conv
+from ..schedule import Choice, Point, ScheduleError, Step
 from .boosting import fit, predict, require_xgboost
 from .space import Space
 
@@ -43,7 +49,6 @@ __all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
 
 Array = npt.NDArray[Any]
 
-_PARTIAL = {"none": 0, "bank": 1, "offchip": 2}
 
 
 class CostModel(Protocol):
@@ -63,9 +68,24 @@ def features(space: Space, point: Point) -> list[float]:
     largest = max(
         space.graph.types[s.output].height * space.graph.types[s.output].width for s in steps
     )
+    sums = np.zeros(3)
     for step, choice in zip(steps, point.steps, strict=True):
-        found += _step_features(space, step, choice, largest)
-    return found
+        share = _share(space, step, choice)
+        sums += share
+        found += [*_step_features(space, step, choice, largest), *share]
+    return [*found, *sums]
+
+
+def _share(space: Space, step: Step, choice: Choice) -> tuple[float, float, float]:
+    """Give what falls to the core that has most of a step; zeros where no load can be made."""
+    if not isinstance(step.layer, Conv):
+        return 0, 0, 0
+    try:
+        share = space.share(step.layer, choice)
+    except ScheduleError:
+        return 0, 0, 0
+    slots = space.arch.slots(space.packed[step.layer.name].weight_bits)
+    return share.group_sets / slots, share.cycles, share.loads
 
 
 def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> list[float]:
@@ -79,7 +99,7 @@ def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> li
         choice.staged,
         choice.bank,
         choice.order == "tiles",
-        _PARTIAL[choice.partial],
+        choice.partial == "offchip",
         choice.row_groups,
         (choice.most or capacity) / capacity,
         math.log2(choice.chunk),

@@ -13,6 +13,7 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
 from mars_runtime.timeline import Timeline
+from mars_runtime.timing import RAW_WORDS
 
 from ..codegen import time_schedule
 from ..compiler import pack
@@ -33,11 +34,20 @@ from ..schedule import (
 )
 from ..schedule.loads import chained_loads
 
-__all__ = ["Space"]
+__all__ = ["Share", "Space"]
 
 CHUNKS = (4, 8, 16, 32)
 LEADS = (0, 1, 2, 3)
 TILES = 4  # times as many tiles as the default has
+
+
+@attrs.frozen
+class Share:
+    """What falls to the core that has most of a layer: group-sets, macro cycles, loads."""
+
+    group_sets: int
+    cycles: int
+    loads: int
 
 
 @attrs.frozen(eq=False)
@@ -54,9 +64,8 @@ class Space:
     arch: MarsArch
     packed: Mapping[str, PackedConv]
     default: Point
-    _loads: dict[tuple[str, int, int, bool], tuple[Load, ...]] = attrs.field(
-        factory=dict, init=False
-    )
+    _loads: dict[tuple[object, ...], tuple[Load, ...]] = attrs.field(factory=dict, init=False)
+    _shares: dict[tuple[object, ...], Share] = attrs.field(factory=dict, init=False)
     _domains: dict[int, dict[str, tuple[Any, ...]]] = attrs.field(factory=dict, init=False)
 
     @classmethod
@@ -107,6 +116,25 @@ class Space:
             self._loads[key] = self._make_loads(layer, choice)
         return self._loads[key]
 
+    def share(self, layer: Conv, choice: Choice) -> Share:
+        """Give what falls to the core that has most of a layer; raises as :meth:`realize`."""
+        loads = self.loads(layer, choice)
+        key = (layer.name, choice.row_groups, loads)
+        if key not in self._shares:
+            out = self.graph.types[layer.name]
+            accesses = [self.arch.accesses(self.graph.types[t.input].bits) for t in layer.terms]
+            held = [0] * self.arch.cores
+            work = [0] * self.arch.cores
+            for load in loads:
+                for core, pieces in enumerate(load.cores):
+                    held[core] += load.group_sets(core)
+                    for piece in pieces:
+                        terms = self.packed[layer.name].blocks[piece.block].terms
+                        work[core] += sum(accesses[t] for t in terms[piece.start : piece.stop])
+            rows = -(-out.height // choice.row_groups)
+            self._shares[key] = Share(max(held), max(work) * rows * out.width, len(loads))
+        return self._shares[key]
+
     def _make_loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
         if choice.chained:
             return chained_loads(self.packed[layer.name], self.arch)
@@ -114,7 +142,7 @@ class Space:
             raise ScheduleError(
                 f"{choice.row_groups} groups of {self.arch.cores} cores", where=layer.name
             )
-        return self._planner().make_loads(layer, choice.row_groups, choice.most or None)
+        return self._planner().make_loads(layer, choice.row_groups, choice.most)
 
     def _planner(self) -> Planner:
         return Planner(self.graph, self.arch, self.packed)
@@ -224,12 +252,16 @@ class Space:
             for core in range(cores)
         )
         shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
-        # Loads that cut no kernel block where the array does not.
-        most = {heaviest, 2 * heaviest, capacity // 2, capacity * 5 // 8, capacity * 3 // 4}
-        limits = sorted(n for n in most if heaviest <= n < min(capacity, busiest))
+        # Kernel blocks are cut where their sums have a place, or where the array cuts them.
+        words = cores * RAW_WORDS * self.graph.types[layer.name].height
+        cuts = words * self.graph.types[layer.name].width <= self.arch.bank_words
+        eighths = {capacity * eighths // 8 for eighths in range(1, 7)}
+        most = {-(-heaviest // 2), heaviest, 2 * heaviest, *eighths}
+        least = 1 if cuts else heaviest
+        limits = sorted(n for n in most if least <= n < min(capacity, busiest))
         alone = sum(isinstance(one, Conv) for one in self.graph.layers) == 1
         many = bool(limits) or busiest > capacity
-        splits = default.partial != "none"
+        splits = cuts or heaviest > capacity
         chains = len(packed.blocks) == 1 and packed.group_sets > 1
         chain: dict[str, tuple[Any, ...]] = {
             "join": (False, True),
@@ -241,11 +273,7 @@ class Space:
             ({} if alone and not many else chain)
             | {
                 "order": ("loads", "tiles") if many else (default.order,),
-                "partial": ("bank", "offchip")
-                if splits
-                else ("none", "bank")
-                if chains
-                else ("none",),
+                "partial": ("bank", "offchip") if splits else (default.partial,),
                 "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
                 "most": (0, *limits),
                 "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import attrs
 
-from ..schedule import Point
+from ..schedule import Point, Schedule, ScheduleError
 from .model import CostModel, make_model
 from .space import Space, replaced
+from .starts import starts, uniform
 
-__all__ = ["STRATEGIES", "Strategy", "make_strategy", "starts"]
+__all__ = ["STRATEGIES", "Strategy", "make_strategy"]
 
 #: Decisions that are tried for all steps alike, at the start and by the grid.
 UNIFORM: dict[str, tuple[Any, ...]] = {
@@ -44,68 +45,42 @@ class Strategy(Protocol):
         """Learn the cost of what was proposed last; None for what the space refused."""
 
 
-def starts(space: Space) -> Iterator[Point]:
-    """Yield the default point and those that differ from it in all steps alike."""
-    yield space.default
-    finest = {"most": 1, "chunk": 16, "chained": True}
-    for changes in (
-        {"join": True},
-        {"slots": "next"},
-        {"join": True, "chunk": 16, "chained": True},
-        {"join": True} | finest,
-        {"join": True, "slots": "next"} | finest,
-        {"join": True, "slots": "next", "chained": True, "most": 32, "chunk": 16},
-        {"join": True, "fetch_lead": 1} | finest,
-    ):
-        yield uniform(space, changes)
-
-
-def uniform(space: Space, changes: dict[str, Any]) -> Point:
-    """Give the default point with the same decisions taken for all convolutions.
-
-    A limit that would cut a kernel block, so that its sums had to travel, is not taken there.
-    """
-    steps = []
-    for step, choice in zip(space.steps(space.default), space.default.steps, strict=True):
-        packed = space.packed.get(step.layer.name)
-        if packed is None:
-            steps.append(choice)
-            continue
-        wanted = dict(changes)
-        pixels = space.graph.types[step.output].height * space.graph.types[step.output].width
-        if wanted.pop("chained", False) and len(packed.blocks) == pixels == 1:
-            wanted |= {"chained": True, "partial": "bank", "row_groups": 1}
-        if wanted.get("most"):
-            wanted["most"] = max(wanted["most"], *(b.group_sets for b in packed.blocks))
-            if wanted["most"] >= space.arch.slots(packed.weight_bits):
-                wanted["most"] = choice.most
-        steps.append(attrs.evolve(choice, **wanted))
-    return attrs.evolve(space.default, steps=tuple(steps))
-
-
 @attrs.define
 class _Fresh:
-    """Points that were not seen before."""
+    """Points whose schedule was not seen before: many decisions make no difference to some."""
 
+    space: Space
     seen: set[Point] = attrs.field(factory=set)
+    schedules: set[Schedule] = attrs.field(factory=set)
 
     def take(self, points: Iterator[Point], count: int) -> list[Point]:
-        """Take up to so many new ones."""
-        found = []
+        """Take up to so many new ones; those that the space refuses are left out."""
+        found: list[Point] = []
         for point in itertools.islice(points, _ATTEMPTS * count):
-            if point not in self.seen:
-                self.seen.add(point)
+            if len(found) == count:
+                break
+            if self._is_new(point):
                 found.append(point)
-                if len(found) == count:
-                    break
         return found
+
+    def _is_new(self, point: Point) -> bool:
+        if point in self.seen:
+            return False
+        self.seen.add(point)
+        try:
+            schedule = self.space.realize(point)
+        except ScheduleError:
+            return False
+        before = len(self.schedules)
+        self.schedules.add(schedule)
+        return len(self.schedules) > before
 
 
 class Sweep:
     """Goes through a fixed sequence of points: the starts first."""
 
     def __init__(self, space: Space, points: Iterator[Point]) -> None:
-        self.fresh = _Fresh()
+        self.fresh = _Fresh(space)
         self.points = itertools.chain(starts(space), points)
 
     def propose(self, count: int) -> list[Point]:
@@ -146,7 +121,7 @@ class Annealing:
 
     def __init__(self, space: Space, rng: random.Random, trials: int) -> None:
         self.space, self.rng, self.trials = space, rng, trials
-        self.fresh = _Fresh()
+        self.fresh = _Fresh(space)
         self.first = list(starts(space))
         self.current = space.default
         self.cost = math.inf
@@ -187,52 +162,79 @@ def _moved(space: Space, rng: random.Random, point: Point, steps: int) -> Point:
 class Evolution:
     """Evolutionary search: the best points are changed and crossed; a model picks among many.
 
-    With the cost model ``none`` what was bred is measured as it comes.
+    Which decision is changed is drawn by how often changing it has made a point better. With the
+    cost model ``none`` what was bred is measured as it comes.
     """
 
-    KEPT = 24
+    KEPT = 6
     BRED = 8  # candidates for each point that is measured
-    EXPLORED = 0.15  # share that the model does not choose
+    TRUSTED = 32  # measured points with which the model chooses half of the next
+    CROSSED = 0.2  # share that has two parents
 
     def __init__(self, space: Space, rng: random.Random, model: CostModel, picks: bool) -> None:
         self.space, self.rng, self.model, self.picks = space, rng, model, picks
-        self.fresh = _Fresh()
+        self.fresh = _Fresh(space)
         self.first = list(starts(space))
         self.measured: list[tuple[float, int, Point]] = []
+        self.changed: dict[Point, tuple[float, list[str]]] = {}  # parent's cost, what was decided
+        self.tries: dict[str, int] = {}  # by decision, how often it was changed
+        self.wins: dict[str, int] = {}  # ... for the better
 
     def propose(self, count: int) -> list[Point]:
         """Breed points, and give those that the model holds best."""
         if self.first:
             given, self.first = self.first, []
             return self.fresh.take(iter(given), len(given))
+        count = min(count, max(4, len(self.measured) // 8))
         best = sorted(self.measured)[: self.KEPT]
-        children = (self._child([point for _, _, point in best]) for _ in itertools.count())
+        children = (self._child(best) for _ in itertools.count())
         if not self.picks:
             return self.fresh.take(children, count)
         bred = list(dict.fromkeys(itertools.islice(children, self.BRED * count)))
         bred = [point for point in bred if point not in self.fresh.seen]
         scores = self.model.scores(bred)
         order = sorted(range(len(bred)), key=lambda i: (-scores[i], i))
-        greedy = order[: math.ceil(count * (1 - self.EXPLORED))]
-        others = order[len(greedy) :]
-        explored = self.rng.sample(others, min(len(others), count - len(greedy)))
-        return self.fresh.take((bred[i] for i in (*greedy, *explored)), count)
+        trust = len(self.measured) / (len(self.measured) + self.TRUSTED)
+        greedy = self.fresh.take((bred[i] for i in order), round(count * trust))
+        self.rng.shuffle(bred)
+        return [*greedy, *self.fresh.take(iter(bred), count - len(greedy))]
 
-    def _child(self, parents: Sequence[Point]) -> Point:
+    def _child(self, parents: Sequence[tuple[float, int, Point]]) -> Point:
         # The better half of two that are drawn: pressure without losing the rest.
         place = min(self.rng.randrange(len(parents)), self.rng.randrange(len(parents)))
-        child = parents[place]
-        if self.rng.random() < 0.3:
-            other = self.rng.choice(parents)
+        cost, _, child = parents[place]
+        if self.rng.random() < self.CROSSED:
+            _, _, other = self.rng.choice(parents)
             cut = self.rng.randint(0, len(child.steps))
             child = attrs.evolve(child, steps=child.steps[:cut] + other.steps[cut:])
-        return _moved(self.space, self.rng, child, self.rng.choice((1, 1, 1, 2, 3)))
+        decided = []
+        first = self.rng.randrange(len(child.steps))
+        for index in range(first, min(first + self.rng.choice((1, 1, 1, 2)), len(child.steps))):
+            step = child.steps[index]
+            open_ = {n: v for n, v in self.space.domain(index).items() if len(v) > 1}
+            if not open_:
+                continue
+            (name,) = self.rng.choices(list(open_), [self._promise(one) for one in open_])
+            value = self.rng.choice([v for v in open_[name] if v != getattr(step, name)])
+            child = replaced(child, index, attrs.evolve(step, **{name: value}))
+            decided.append(name)
+        self.changed.setdefault(child, (cost, decided))
+        return child
+
+    def _promise(self, name: str) -> float:
+        """Tell how often changing a decision made a point better, as far as was tried."""
+        return (1 + self.wins.get(name, 0)) / (4 + self.tries.get(name, 0))
 
     def observe(self, points: Sequence[Point], costs: Sequence[float | None]) -> None:
         """Keep what was measured, and let the model learn from all of it."""
         for point, cost in zip(points, costs, strict=True):
+            before, decided = self.changed.get(point, (0.0, []))
+            for name in decided:
+                self.tries[name] = self.tries.get(name, 0) + 1
+                self.wins[name] = self.wins.get(name, 0) + (cost is not None and cost < before)
             if cost is not None:
                 self.measured.append((cost, len(self.measured), point))
+        self.changed.clear()
         if self.picks and self.measured:
             self.model.learn([p for _, _, p in self.measured], [c for c, _, _ in self.measured])
 

@@ -1,0 +1,115 @@
+"""The bound: below every schedule of random networks, reached where nothing else costs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import attrs
+import numpy as np
+import pytest
+
+from mars_runtime import PRESETS, MarsArch
+from mars_runtime.errors import CapacityError
+from mars_runtime.quantize import Dequantize, Quantize
+from python_tests.test_machine import MACHINES, network_of
+from python_tests.test_tuner_space import drawn_point
+from tvm_mars.graph import Conv, ConvTerm, Graph, Input, MapType, Output, Requant
+from tvm_mars.schedule import ScheduleError
+from tvm_mars.tuner.bound import least_cycles
+from tvm_mars.tuner.space import Space, replaced
+
+MARS = PRESETS["mars"]
+FULL = attrs.evolve(MARS, overlap="full")
+
+
+def convs(channels: list[int], kernel: int, size: int, bits: int = 8) -> Graph:
+    """Dense convolutions one behind the other, every group-set of which is stored."""
+    layers = []
+    pad = (kernel // 2,) * 4
+    for number, (before, after) in enumerate(itertools.pairwise(channels)):
+        weight = np.ones((after, before, kernel, kernel), np.int8)
+        term = ConvTerm(f"conv{number - 1}" if number else "x0", weight, padding=pad)
+        layers.append(Conv(f"conv{number}", [term], np.zeros(after), Requant.eq5(bits, 20)))
+    kind = MapType(channels[0], size, size, bits)
+    out = Output(layers[-1].name, (channels[-1], size, size), Dequantize("uint8"))
+    return Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], layers, [out])
+
+
+def optimum(graph: Graph, arch: MarsArch) -> int:
+    """Give the cycles of the best of all combinations of what matters to one layer."""
+    space = Space.of(graph, arch)
+    domain = space.domain(0)
+    names = ("row_groups", "most", "chunk", "apart")
+    found = []
+    for values in itertools.product(*(domain[name] for name in names)):
+        choice = attrs.evolve(space.default.steps[0], **dict(zip(names, values, strict=True)))
+        point = replaced(space.default, 0, choice)
+        if space.legal(point) is None:
+            found.append(space.time(point).cycles)
+    assert len(found) > 20
+    return min(found)
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_no_schedule_is_below_it(chunk, first_seed):
+    """Random networks and points, also on a chip with overlap whose arrays are small."""
+    machines = MACHINES | {"few": attrs.evolve(FULL, weight_groups_per_partition=8)}
+    timed = 0
+    for seed in range(first_seed + 50 * chunk, first_seed + 50 * (chunk + 1)):
+        graph = network_of(seed)
+        for name in (list(machines)[seed % len(machines)], "few"):
+            try:
+                space = Space.of(graph, machines[name])
+            except CapacityError:
+                continue
+            least = least_cycles(graph, space.arch, space.packed)
+            rng = random.Random(f"{name} {seed}")
+            for point in (space.default, drawn_point(space, rng), drawn_point(space, rng)):
+                try:
+                    cycles = space.time(point).cycles
+                except ScheduleError:
+                    continue
+                assert 0 < least <= cycles, (seed, name)
+                timed += 1
+    assert timed > 100
+
+
+@pytest.mark.parametrize("overlap", ["none", "full"])
+def test_it_is_reached_where_only_the_macros_cost_time(overlap):
+    """Four kernel blocks of 36 group-sets, 256 pixels, two accesses: 18,432 cycles a core."""
+    free = {"array_fill_cycles": 0, "macro_write_bits": 2**20, "offchip_bits_per_cycle": 2**20}
+    arch = attrs.evolve(MARS, overlap=overlap, **free)
+    graph = convs([64, 64], 3, 16)
+    least = least_cycles(graph, arch, Space.of(graph, arch).packed)
+    assert 36 * 256 * 2 <= least <= 36 * 256 * 2 + 36
+    assert optimum(graph, arch) <= 1.002 * least
+
+
+def test_it_is_reached_where_only_filling_costs_time():
+    """Sixteen kernel blocks of 16 group-sets on one pixel: 64 a core, filled in 4,096 cycles."""
+    graph = convs([256, 256], 1, 1, bits=4)
+    space = Space.of(graph, MARS)
+    least = least_cycles(graph, MARS, space.packed)
+    assert least == 1400 + 64 * 64 + 64
+    assert optimum(graph, MARS) <= 1.03 * least
+
+
+def test_with_full_overlap_a_layer_is_filled_behind_the_one_before():
+    """By hand: 9 x 16 group-sets a layer, 36 a core; 64 pixels, one access.
+
+    conv0 ends at 1400 + 64 + 36 x 64 = 3,768. What begins with conv0 fills 72 group-sets a core in
+    two openings: 2 x 1400 + 72 x 64 = 7,408, later than conv1's work, 3,768 + 2,304. What begins
+    with conv1 may be there when conv0 is done.
+    """
+    graph = convs([64, 64, 64], 3, 8, bits=4)
+    assert least_cycles(graph, FULL, Space.of(graph, FULL).packed) == 7408
+    wide = attrs.evolve(FULL, macro_write_bits=2048)
+    assert least_cycles(graph, wide, Space.of(graph, wide).packed) == 1400 + 1 + 2 * 36 * 64
+
+
+def test_off_chip_memory_holds_the_port():
+    """144 group-sets of 258 bytes and 1,024 words of output at 8 bits per cycle."""
+    graph = convs([64, 64], 3, 16, bits=4)
+    narrow = attrs.evolve(FULL, offchip_bits_per_cycle=8)
+    assert least_cycles(graph, narrow, Space.of(graph, narrow).packed) == 144 * 258 + 1024 * 8

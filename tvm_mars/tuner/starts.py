@@ -1,0 +1,116 @@
+"""Points with which every search begins: the default, and what a few rules make of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from mars_runtime.timing import RAW_WORDS
+
+from ..graph import Conv
+from ..schedule import Choice, Point, ScheduleError
+from .space import Space, replaced
+
+__all__ = ["layout", "starts", "uniform"]
+
+
+def starts(space: Space) -> Iterator[Point]:
+    """Yield the default point, those that differ from it in all steps alike, and layouts."""
+    yield space.default
+    finest = {"most": 1, "chunk": 16, "chained": True}
+    for changes in (
+        {"join": True},
+        {"slots": "next"},
+        {"join": True, "chunk": 16, "chained": True},
+        {"join": True} | finest,
+        {"join": True, "slots": "next"} | finest,
+        {"join": True, "fetch_lead": 1} | finest,
+    ):
+        yield uniform(space, changes)
+    if space.arch.overlap == "full":
+        for most, balanced in itertools.product((8, 12), (None, 1024, 256)):
+            yield layout(space, most, balanced)
+
+
+def uniform(space: Space, changes: dict[str, Any]) -> Point:
+    """Give the default point with the same decisions taken for all convolutions.
+
+    A limit that would cut a kernel block, so that its sums had to travel, is not taken there.
+    """
+    steps = []
+    for step, choice in zip(space.steps(space.default), space.default.steps, strict=True):
+        packed = space.packed.get(step.layer.name)
+        if packed is None:
+            steps.append(choice)
+            continue
+        wanted = dict(changes)
+        pixels = space.graph.types[step.output].height * space.graph.types[step.output].width
+        if wanted.pop("chained", False) and len(packed.blocks) == pixels == 1:
+            wanted |= {"chained": True, "row_groups": 1}
+        if wanted.get("most"):
+            wanted["most"] = max(wanted["most"], *(b.group_sets for b in packed.blocks))
+            if wanted["most"] >= space.arch.slots(packed.weight_bits):
+                wanted["most"] = choice.most
+        steps.append(attrs.evolve(choice, **wanted))
+    return attrs.evolve(space.default, steps=tuple(steps))
+
+
+def layout(space: Space, most: int, balanced: int | None) -> Point:
+    """Give a point whose loads are filled in a steady stream, behind compute.
+
+    An opened array is filled whole, by loads with each of which a core computes as soon as it is
+    there. They hold at most ``most`` group-sets where cutting kernel blocks costs no time, whole
+    blocks elsewhere. Layers of at least ``balanced`` pixels have their rows shared out where that
+    leaves the cores more even, and they leave room in the array for what follows.
+    """
+    point = space.default
+    for index, choice in enumerate(point.steps):
+        for wanted in (*_layouts(space, point, index, most, balanced), choice):
+            trial = replaced(point, index, wanted)
+            if _has_room(space, trial):
+                point = trial
+                break
+    return point
+
+
+def _layouts(
+    space: Space, point: Point, index: int, most: int, balanced: int | None
+) -> Iterator[Choice]:
+    """Yield the choices that :func:`layout` tries for a step, best first."""
+    layer = space.steps(point)[index].layer
+    if not isinstance(layer, Conv):
+        return
+    arch, packed, out = space.arch, space.packed[layer.name], space.graph.types[layer.name]
+    choice = attrs.evolve(point.steps[index], join=True, slots="next")
+    pixels, capacity = out.height * out.width, arch.slots(packed.weight_bits)
+    heaviest = max(block.group_sets for block in packed.blocks)
+    if pixels == len(packed.blocks) == 1:
+        yield attrs.evolve(choice, chained=True, row_groups=1)
+        return
+    whole = attrs.evolve(choice, most=heaviest if heaviest < capacity else 0)
+    if balanced is not None and pixels >= balanced:
+        shared = [attrs.evolve(whole, row_groups=n) for n in space.domain(index)["row_groups"]]
+        even = min(shared, key=lambda one: (space.share(layer, one).cycles, one.row_groups))
+        if even.row_groups > 1 and space.share(layer, even).group_sets <= capacity * 3 // 4:
+            yield even
+    if packed.group_sets > arch.cores * most:
+        # A part between two others reads and writes sums while it computes; a first or last one
+        # does so only once.
+        accesses = arch.accesses(space.graph.types[layer.terms[0].input].bits)
+        part = most if most * accesses >= 2 * RAW_WORDS else max(most, -(-heaviest // 2))
+        small = attrs.evolve(choice, most=part)
+        yield small
+        # Where the sums need a bank for themselves, the map goes where the layer's input lies.
+        yield from (attrs.evolve(small, bank=bank) for bank in range(arch.banks))
+    yield whole
+
+
+def _has_room(space: Space, point: Point) -> bool:
+    try:
+        space.realize(point)
+    except ScheduleError:
+        return False
+    return True
