@@ -245,7 +245,7 @@ def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedL
     return _conv_cost(arch, conv.height, conv.width, place, config, load)
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=32768)
 def _conv_cost(
     arch: MarsArch,
     tile_height: int,

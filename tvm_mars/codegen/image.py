@@ -106,7 +106,7 @@ def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def decoded_load(packed: PackedConv, load: Load, core: int) -> DecodedLoad:
     """Give what the machine makes of one core's tables (macro slots count from 0)."""
     visits, slot = [], 0
