@@ -50,7 +50,6 @@ __all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
 Array = npt.NDArray[Any]
 
 
-
 class CostModel(Protocol):
     """Orders points by what it has learned."""
 
