@@ -68,7 +68,7 @@ def least_cycles(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv])
 def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> dict[str, _Layer]:
     """Give the convolutions in order; other layers only hand their dependencies on."""
     # A fused pool leaves out the pixels that no window covers.
-    pooled = {step.layer.name: step for step in fuse_pools(graph)}
+    steps = {step.layer.name: step for step in fuse_pools(graph)}
     before: dict[str, frozenset[str]] = {}
     found: dict[str, _Layer] = {}
     for layer in graph.layers:
@@ -76,13 +76,10 @@ def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> d
         before[layer.name] = frozenset[str]().union(*behind)
         if not isinstance(layer, Conv):
             continue
-        held, out, pixels = packed[layer.name], graph.types[layer.name], 0
-        pixels = out.height * out.width
-        if layer.name in pooled and pooled[layer.name].pool:
-            step = pooled[layer.name]
-            kept = graph.types[step.output]
-            windows = kept.height * step.pooling[0] * kept.width * step.pooling[1]
-            pixels = min(pixels, windows)
+        held, step = packed[layer.name], steps[layer.name]
+        out, kept = graph.types[layer.name], graph.types[step.output]
+        windows = kept.height * step.pooling[0] * kept.width * step.pooling[1]
+        pixels = min(out.height * out.width, windows)
         accesses = [arch.accesses(graph.types[term.input].bits) for term in layer.terms]
         work = sum(accesses[term] for block in held.blocks for term in block.terms)
         found[layer.name] = _Layer(
