@@ -5,7 +5,7 @@ layer that gives it; the next normalization undoes it. A result that leaves unqu
 multiplied by its range again, a power of two.
 
 Where a map's range is large, eq. 7 as printed leaves its weights few codes, or none: of 4 bits, all
-of those behind a residual of ResNet-20. So each convolution's weights also take a power of two.
+of those behind a residual of ResNet-20. So its 4-bit weights also take a power of two.
 """
 
 # torch is not there when types are checked, so its classes are Any.
@@ -31,6 +31,7 @@ from .network import MarsNetwork
 __all__ = ["SCALINGS", "WeightScaling", "calibrate"]
 
 WeightScaling: TypeAlias = Literal["fitted", "paper"]
+_SCARCE = 4  # bits of weights that have no codes to spare
 SCALINGS = get_args(WeightScaling)
 
 
@@ -47,8 +48,9 @@ def calibrate(
     images : Tensor ``[N, C, H, W]``
         Some hundred, in 0..1.
     weight_scaling : str
-        ``fitted``: a power of two for each convolution, by which its codes of eq. 8 are multiplied,
-        so that the weights reach their largest code whatever their map's range. ``paper``: none.
+        ``fitted``: a power of two for each convolution of 4-bit weights, by which its codes of eq.
+        8 are multiplied, so that they reach the largest code whatever their map's range.
+        ``paper``: none.
 
     Raises
     ------
@@ -126,8 +128,11 @@ def _fit_weights(network: MarsNetwork) -> None:
 
 
 def _freedom(layer: Sum, term: Term) -> Freedom | None:
-    """What a term's weights may be divided by; a result's range is a power of two itself."""
-    if term.method != "mars" or layer.bits is None:
+    """What a term's weights may be divided by; a result's range is a power of two itself.
+
+    Weights of eight bits keep eq. 7: they have codes to spare, and so room to grow in training.
+    """
+    if term.method != "mars" or layer.bits is None or term.bits > _SCARCE:
         return None
     return Freedom.of(term.input_bits, term.bits, layer.bits)
 

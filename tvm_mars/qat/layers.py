@@ -39,6 +39,7 @@ __all__ = ["Addition", "Average", "Drop", "Entry", "Layer", "Maximum", "Method",
 Method: TypeAlias = Literal["mars", "dorefa", "float"]
 
 BLOCK = 16  # kernels, and input channels, of a group-set
+_CLAMPED = 1 / 8  # of the kernels may be, before all take coarser codes
 _NEAR_ONE = 0.95  # latent weights start at atanh of the given ones, which has a pole at 1
 
 
@@ -79,7 +80,8 @@ class Term(nn.Module):
     ----------
     exponent : Tensor
         An integer: the weights are codes of eq. 8 times ``2**exponent``. The sums then lie on
-        another power of two, which the shift of the requantization takes up.
+        another power of two, which the shift of the requantization takes up. While the statistics
+        follow the batch, it grows with the weights, up to 0.
 
     Notes
     -----
@@ -238,6 +240,17 @@ class Term(nn.Module):
     def quantized(self, normalized: Tensor, scale: Tensor) -> Tensor:
         """``W-`` of eq. 8."""
         return quantize_weight(normalized, scale, self.bits, self.unit)
+
+    @torch.no_grad()
+    def make_room(self, normalized: Tensor, scale: Tensor) -> None:
+        """Double the unit if eq. 7 clamps many kernels to less than half of what they hold.
+
+        Their scales grow as group-sets are pruned, whose share of the deviation is gone.
+        """
+        if int(self.exponent) < 0:
+            peaks = scale.abs() * normalized.abs().flatten(1).amax(1)
+            if float((peaks > 2 * self.unit).float().mean()) > _CLAMPED:
+                self.exponent += 1
 
     @property
     def unit(self) -> float:
@@ -409,6 +422,7 @@ class _Normalized:
             self.inverse = torch.rsqrt(variance + term.norm.eps)
         self.gamma, beta = term.affine()
         scale = self.gamma.detach() * self.inverse
+        term.make_room(self.normalized.detach(), scale)
         self.weight = term.quantized(self.normalized.detach(), scale).to(kind)
         self.bias = beta - scale * self.mean
 
