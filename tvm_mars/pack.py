@@ -21,7 +21,7 @@ from mars_runtime.packing import block_parameter_bytes
 
 from .graph import Conv, ConvTerm
 
-__all__ = ["PackedBlock", "PackedConv", "pack_conv"]
+__all__ = ["PackedBlock", "PackedConv", "blocked", "pack_conv"]
 
 Array = npt.NDArray[Any]
 
@@ -164,13 +164,13 @@ BlockParts = tuple[Array, Array, npt.NDArray[np.int8]]
 def _pack_term(term: ConvTerm, zero_skipping: bool) -> tuple[list[BlockParts], int]:
     """Give per kernel block the taps, input blocks and weights, and the dense count."""
     if term.groups == 1:
-        grid = _blocked(term.weight)
+        grid = blocked(term.weight)
         found = _select(grid, 0, zero_skipping)
         return found, grid.shape[0] * grid.shape[2] * grid.shape[4]
     parts, dense = [], 0
     for first in range(0, len(term.weight), WORD_CHANNELS):
         window, base = _group_window(term, first)
-        grid = _blocked(window)
+        grid = blocked(window)
         parts += _select(grid, base, zero_skipping)
         dense += grid.shape[2] * grid.shape[4]
     return parts, dense
@@ -191,7 +191,7 @@ def _group_window(term: ConvTerm, first: int) -> tuple[npt.NDArray[np.int8], int
     return window, base
 
 
-def _blocked(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+def blocked(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     """View ``[O, C, KH, KW]`` as ``[output block, 16, input block, 16, tap]``, padded by zeros."""
     outputs, inputs = (-(-size // WORD_CHANNELS) for size in weight.shape[:2])
     taps = weight.shape[2] * weight.shape[3]

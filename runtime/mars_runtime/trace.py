@@ -16,7 +16,7 @@ from .machine import Machine
 from .program import Region
 from .timeline import Event, Timeline
 
-__all__ = ["Recorder", "chrome_trace", "lane_rank", "record"]
+__all__ = ["Recorder", "chrome_trace", "lane_rank", "occupancy", "record"]
 
 _PROCESS = 1
 _LAYERS = "layers"
@@ -48,6 +48,46 @@ def record(region: Region, arch: MarsArch) -> Timeline:
         If an instruction does what the hardware cannot.
     """
     return Recorder(region, arch, trace=True).run()
+
+
+class _Occupancy(Machine):
+    """A machine that adds up how long each unit and port is in use, layer by layer."""
+
+    def __init__(self, region: Region, arch: MarsArch) -> None:
+        super().__init__(region, arch)
+        self.busy: list[dict[str, int]] = [{} for _ in self.layers]
+
+    def _use(self, lane: str, cycles: int) -> None:
+        busy = self.busy[self.layer_number]
+        busy[lane] = busy.get(lane, 0) + cycles
+
+    def _record(self, lane: str, name: str, start: int, end: int) -> None:
+        self._use(lane, end - start)
+
+    def _book(self, number: int, name: str, start: int, end: int, cost: timing.Cost) -> None:
+        super()._book(number, name, start, end, cost)
+        self._use(f"core {number} macros", cost.macro_cycles)
+        for bank, (reads, writes) in enumerate(zip(cost.reads, cost.writes, strict=True)):
+            self._use(f"bank {bank} core {number}", reads + writes)
+
+
+def occupancy(region: Region, arch: MarsArch) -> tuple[dict[str, int], ...]:
+    """Give for each layer of a region the core cycles that its instructions use each unit.
+
+    Returns
+    -------
+    tuple of dict
+        By lane: ``dma``; each core's ``load``, ``compute`` and, within that, ``macros``; each
+        bank's port to each core, one cycle an access.
+
+    Raises
+    ------
+    MachineError
+        If an instruction does what the hardware cannot.
+    """
+    machine = _Occupancy(region, arch)
+    machine.run()
+    return tuple(machine.busy)
 
 
 def chrome_trace(timelines: Sequence[Timeline], arch: MarsArch) -> dict[str, Any]:

@@ -65,11 +65,15 @@ _ADD_BITS = 22
 
 @attrs.frozen(eq=False)
 class Call:
-    """One spec applied to values of a region, each named by its defining entity."""
+    """One spec applied to values of a region, each named by its defining entity.
+
+    ``operators`` names the candidate operators of its chain, as the report knows them.
+    """
 
     spec: Spec
     operands: tuple[str, ...]
     result: str
+    operators: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -93,10 +97,19 @@ class Region:
 
 @attrs.frozen(eq=False)
 class Lowered:
-    """A graph, and for each of its inputs the index of the region's parameter that feeds it."""
+    """A graph, and how it is connected.
+
+    Parameters
+    ----------
+    params : tuple of int
+        For each of the graph's inputs the index of the region's parameter that feeds it.
+    operators : mapping of str to tuple of str
+        For each layer the operators that it comes from (see :class:`Call`).
+    """
 
     graph: Graph
     params: tuple[int, ...]
+    operators: Mapping[str, tuple[str, ...]]
 
 
 @attrs.frozen
@@ -231,15 +244,19 @@ class _Lowering:
         self.params: list[int] = []
         self.layers: list[Layer] = []
         self.types: dict[str, MapType] = {}
+        self.operators: dict[str, tuple[str, ...]] = {}
 
     def run(self) -> Lowered:
         for name in self._order():
             call = self.calls[name]
             self._check_numbers(call)
             check_spec(call.spec, name)
+            known = len(self.layers)
             self.values[name] = getattr(self, f"_{call.spec.kind}")(call)
+            self.operators.update((layer.name, call.operators) for layer in self.layers[known:])
         outputs = [self._output(name) for name in self.region.results]
-        return Lowered(Graph(self.inputs, self.layers, outputs), tuple(self.params))
+        graph = Graph(self.inputs, self.layers, outputs)
+        return Lowered(graph, tuple(self.params), self.operators)
 
     def _order(self) -> list[str]:
         """Give the calls in depth-first order from the results, operands first."""

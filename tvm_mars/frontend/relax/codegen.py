@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import tvm
@@ -25,10 +25,14 @@ from ...graph import Graph
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Lowered, lower
-from .partition import partition_for_mars
+from .modules import attribute, model_functions
+from .partition import OPERATOR_NAMES, offload_report, partition_for_mars
 from .regions import INTERFACE, OPTIONS, is_region, read_region
 
-__all__ = ["codegen", "collect_programs", "graphs_of", "pipeline", "run_codegen"]
+if TYPE_CHECKING:
+    from ..partition import Partition
+
+__all__ = ["codegen", "collect_programs", "graphs_of", "partition_of", "pipeline", "run_codegen"]
 
 _CONSTANTS = "const_name_to_constant"
 _PROGRAMS: ContextVar[list[Program] | None] = ContextVar("mars_programs", default=None)
@@ -105,6 +109,26 @@ def codegen(
     }
     target = tvm.target.Target.current(allow_none=True) or tvm.target.Target("llvm")
     return [tvm.compile(tvm.IRModule(wrappers), target=target).mod]
+
+
+def partition_of(mod: tvm.IRModule, options: CompileOptions) -> Partition:
+    """Partition a module and give its regions as the code generator meets them."""
+    from ...compiler import NamedGraph
+    from ..partition import Partition, Piece
+
+    mod = partition_for_mars(mod, **attrs.asdict(options, recurse=False))
+    names: dict[str, str] = {}
+    for _, func in model_functions(mod):
+        names.update((str(k), str(v)) for k, v in (attribute(func, OPERATOR_NAMES) or {}).items())
+    pieces = []
+    for piece in _pieces([func for _, func in mod.functions_items() if is_region(func)], options):
+        operators = {
+            layer: tuple(names.get(name, name) for name in found)
+            for layer, found in piece.lowered.operators.items()
+        }
+        graph = NamedGraph(piece.lowered.graph, piece.input_names, piece.interface.outputs)
+        pieces.append(Piece(graph, piece.interface, operators))
+    return Partition(offload_report(mod), tuple(pieces))
 
 
 def _options(functions: Sequence[relax.Function], given: Mapping[str, Any]) -> CompileOptions:

@@ -14,10 +14,10 @@ from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Call, Region
 from ..matching import Node
-from ..patterns import parse
+from ..patterns import CANDIDATES, parse
 from ..report import OffloadReport
 from .modules import CODEGEN, COMPOSITE, all_bindings, assemble, attribute, model_functions
-from .nodes import rebuild, recall, sizes, tree
+from .nodes import operator, origin, rebuild, recall, sizes, tree
 
 __all__ = [
     "INPUT_NAMES",
@@ -70,13 +70,19 @@ def read_region(func: relax.Function) -> Region:
             spec, operands = _parse_composite(composite)
             given = [value.args[node.index] for node in operands]
             arguments = tuple(name(same.get(arg, arg)) for arg in given)
-            calls.append(Call(spec, arguments, name(binding.var)))
+            calls.append(Call(spec, arguments, name(binding.var), _operators(composite)))
         else:
             same[binding.var] = value
     result = func.body.body
     result = same.get(result, result)
     fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
     return Region(params, calls, [name(same.get(field, field)) for field in fields])
+
+
+def _operators(composite: relax.Function) -> tuple[str, ...]:
+    """Name the candidate operators of a composite by the variables that they had."""
+    values = [binding.value for binding in all_bindings(composite)]
+    return tuple(origin(value) for value in values if operator(value) in CANDIDATES)
 
 
 def _entry(var: Any) -> tuple[str, tuple[int, ...]]:

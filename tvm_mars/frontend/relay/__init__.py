@@ -13,7 +13,7 @@ from tvm.target.tag import register_tag
 from mars_runtime import tvm_bridge
 
 from .api import CompiledModel, build_for_cpu, compile
-from .codegen import codegen, constant_updater, graphs_of, host_target
+from .codegen import codegen, constant_updater, graphs_of, host_target, partition_of
 from .description import LISTENER, listen
 from .exported import load_library
 from .importer import import_model
@@ -32,6 +32,7 @@ __all__ = [
     "load_library",
     "offload_report",
     "partition_for_mars",
+    "partition_of",
     "pattern_table",
     "quantize",
     "quantize_to_onnx",

@@ -11,7 +11,7 @@ import contextlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import tvm
@@ -25,9 +25,12 @@ from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import lower
 from .nodes import sizes
-from .partition import options_of
+from .partition import offload_report, options_of, partition_for_mars
 from .regions import INTERFACE, OPTIONS, read_region, regions
 from .wrapper import TensorSpec, wrapper
+
+if TYPE_CHECKING:
+    from ..partition import Partition
 
 __all__ = [
     "codegen",
@@ -36,6 +39,7 @@ __all__ = [
     "constant_updater",
     "graphs_of",
     "host_target",
+    "partition_of",
     "whole_program",
 ]
 
@@ -124,6 +128,23 @@ def codegen(func: relay.Function) -> Any:
         order=lowered.params,
     )
     return tvm.build(tvm.IRModule({symbol: caller}), target=host_target())
+
+
+def partition_of(mod: tvm.IRModule, options: CompileOptions) -> Partition:
+    """Partition a module and give its regions as the code generator meets them."""
+    from ...compiler import NamedGraph
+    from ..partition import Partition, Piece
+
+    mod = partition_for_mars(mod, **attrs.asdict(options, recurse=False))
+    pieces = []
+    for func in regions(mod).values():
+        interface = Interface.from_json(str(func.attrs[INTERFACE]))
+        lowered = lower(read_region(func), options.arch)
+        names = tuple(interface.inputs[index] for index in lowered.params)
+        graph = NamedGraph(lowered.graph, names, interface.outputs)
+        pieces.append(Piece(graph, interface, lowered.operators))
+    pieces.sort(key=lambda piece: piece.interface.index)
+    return Partition(offload_report(mod), tuple(pieces))
 
 
 def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:

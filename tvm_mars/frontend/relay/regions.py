@@ -16,9 +16,9 @@ from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Call, Region
 from ..matching import Node
-from ..patterns import parse
+from ..patterns import CANDIDATES, parse
 from ..report import OffloadReport
-from .nodes import origin, post_order, requantization, sizes, tree
+from .nodes import operator, origin, post_order, requantization, sizes, tree
 
 __all__ = [
     "COMPILER",
@@ -101,7 +101,8 @@ def _read(func: relay.Function) -> Region:
         hint = origin(part.op.body) or "value"
         names[part] = hint if hint not in names.values() else f"{hint}#{len(names)}"
         arguments = tuple(names[part.args[node.index]] for node in operands)
-        calls.append(Call(spec, arguments, names[part]))
+        operators = [inner for inner in post_order(part.op.body) if operator(inner) in CANDIDATES]
+        calls.append(Call(spec, arguments, names[part], tuple(map(origin, operators))))
     return Region(params, calls, [names[result] for result in results(func)])
 
 
