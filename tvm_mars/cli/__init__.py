@@ -26,6 +26,7 @@ _COMMANDS = {
     "run": ("running", "Run a compiled model on the simulated MARS."),
     "eval": ("evaluating", "Run a test set: accuracy and images per second."),
     "explain": ("explaining", "Say why a model costs what it costs, and what could change it."),
+    "diff": ("differing", "Find the first code at which engines differ, with its operands."),
     "profile": ("profiling", "Say what an image costs: cycles, stalls, accesses, energy."),
     "report": ("reporting", "The same with pictures, as one HTML page."),
     "disasm": ("assembly", "Print a program as assembly."),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mars_runtime import MarsArch
 
 __all__ = [
+    "CommandError",
     "MarsCommand",
     "arch_options",
     "engine_option",

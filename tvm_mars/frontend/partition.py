@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -11,7 +11,7 @@ from mars_runtime.program import Program
 
 from ..compiler import NamedGraph, build
 from .interface import Interface
-from .report import Decision, OffloadReport
+from .report import OffloadReport
 
 __all__ = ["Partition", "Piece"]
 
@@ -38,10 +38,24 @@ class Partition:
     report: OffloadReport
     pieces: tuple[Piece, ...]
 
-    @property
-    def decisions(self) -> Mapping[str, Decision]:
-        """The decisions by their operators' names."""
-        return {decision.name: decision for decision in self.report.decisions}
+    @classmethod
+    def of(cls, report: OffloadReport, pieces: Iterable[Piece]) -> Partition:
+        """Order the regions; of a layer's operators those are kept that the report accounts for."""
+        known = {decision.name for decision in report.decisions}
+        ordered = sorted(pieces, key=lambda piece: piece.interface.index)
+        return cls(
+            report,
+            tuple(
+                attrs.evolve(
+                    piece,
+                    operators={
+                        layer: tuple(name for name in names if name in known)
+                        for layer, names in piece.operators.items()
+                    },
+                )
+                for piece in ordered
+            ),
+        )
 
     def build(self, arch: MarsArch) -> Program:
         """Compile the regions into one program, which must not be without any.

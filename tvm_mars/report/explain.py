@@ -241,14 +241,13 @@ def explain(
     CapacityError
         If a layer does not fit the machine.
     """
-    known = partition.decisions
     layers: list[LayerExplanation] = []
     saved: dict[tuple[int, str], int] = {}
     for number, piece in enumerate(partition.pieces):
         run = _Run.of(piece.graph.graph, arch)
         least = {row.name: row.cycles for row in compression(run.graph, arch).layers}
         found = [
-            _layer(run, place, lanes, number, piece, known, least)
+            _layer(run, place, lanes, number, piece, least)
             for place, lanes in enumerate(occupancy(run.region, arch))
         ]
         if op is None:
@@ -256,7 +255,7 @@ def explain(
         else:
             found = [_tried(run, layer) for layer in found if _concerns(layer, op)]
         layers += found
-    decisions = tuple(known.values())
+    decisions = partition.report.decisions
     if op is not None:
         named = {op, *(name for layer in layers for name in layer.operators)}
         decisions = tuple(decision for decision in decisions if decision.name in named)
@@ -282,7 +281,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _unknown(op: str, partition: Partition) -> InputError:
-    names = [*partition.decisions]
+    names = [decision.name for decision in partition.report.decisions]
     names += [layer.name for piece in partition.pieces for layer in piece.graph.graph.layers]
     near = difflib.get_close_matches(op, names, 3, 0.0)
     return InputError("no such operator or layer", where=op, hint=f"did you mean {near[0]}?")
@@ -322,14 +321,11 @@ def _layer(
     lanes: Mapping[str, int],
     number: int,
     piece: Piece,
-    known: Mapping[str, Decision],
     least: Mapping[str, float],
 ) -> LayerExplanation:
     info, time = run.region.layers[place], run.times[place]
     parts = _parts(info.name)
-    operators = dict.fromkeys(
-        name for part in parts for name in piece.operators.get(part, ()) if name in known
-    )
+    operators = dict.fromkeys(name for part in parts for name in piece.operators.get(part, ()))
     layer = next(one for one in run.graph.layers if one.name == parts[0])
     busy = _busy(lanes)
     group_sets = narrow = None

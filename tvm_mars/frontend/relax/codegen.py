@@ -128,7 +128,7 @@ def partition_of(mod: tvm.IRModule, options: CompileOptions) -> Partition:
         }
         graph = NamedGraph(piece.lowered.graph, piece.input_names, piece.interface.outputs)
         pieces.append(Piece(graph, piece.interface, operators))
-    return Partition(offload_report(mod), tuple(pieces))
+    return Partition.of(offload_report(mod), pieces)
 
 
 def _options(functions: Sequence[relax.Function], given: Mapping[str, Any]) -> CompileOptions:

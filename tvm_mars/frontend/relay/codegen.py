@@ -143,8 +143,7 @@ def partition_of(mod: tvm.IRModule, options: CompileOptions) -> Partition:
         names = tuple(interface.inputs[index] for index in lowered.params)
         graph = NamedGraph(lowered.graph, names, interface.outputs)
         pieces.append(Piece(graph, interface, lowered.operators))
-    pieces.sort(key=lambda piece: piece.interface.index)
-    return Partition(offload_report(mod), tuple(pieces))
+    return Partition.of(offload_report(mod), pieces)
 
 
 def constant_updater(func: relay.Function, symbol: str) -> dict[str, Any]:
