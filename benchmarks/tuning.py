@@ -29,6 +29,7 @@ from tvm_mars.graph import Conv, Graph, Input, Output
 from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.schedule import Point, Schedule
 from tvm_mars.tuner.bound import least_cycles
+from tvm_mars.paper import TABLE_I
 from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
@@ -36,7 +37,11 @@ from tvm_mars.tuner.space import Space
 from tvm_mars.tuner.strategies import make_strategy
 from tvm_mars.zoo.entries import load
 
-PAPER_FPS = {("vgg16", 8): 540, ("vgg16", 4): 714, ("resnet18", 8): 403, ("resnet18", 4): 711}
+PAPER_FPS = {
+    (row.workload.network.lower(), row.workload.activation_bits): row.fps
+    for row in TABLE_I
+    if row.workload.data == "CIFAR-10"
+}
 # Table II: the share of group-sets left in ResNet-18 on CIFAR-10 at w8a8 and w8a4 is 5 %.
 NETWORKS: dict[str, Callable[[int], Graph]] = {
     "vgg16": lambda bits: vgg16(activation_bits=bits),

@@ -15,8 +15,9 @@ from . import zoo
 from .compiler import NamedGraph, build_region
 from .constraints import supported_ops
 from .graph import Graph
-from .paper import TABLE_II, TABLE_III, Workload
+from .paper import TABLE_II, TABLE_III
 from .report import compression
+from .report.reproduce import zoo_workloads
 
 __all__ = ["pages"]
 
@@ -97,24 +98,13 @@ def _zoo() -> Iterator[str]:
             f"{record.accuracy:.2%} | {record.dense_accuracy:.2%} ({record.dense_title}) |"
         )
     yield _TABLE_II.rstrip()
-    found = {_workload(name): name for name in zoo.names()}
+    found = zoo_workloads()
     for row in TABLE_II:
         paper = f"{row.dense:.2f} -> {row.sparse:.2f} @ {row.sparsity:g} %"
         yield f"| {row.workload} | {paper} | {_ours(found.get(row.workload))} |"
     yield _TABLE_III.rstrip()
     for dense in TABLE_III:
         yield f"| {dense.workload} | {dense.dorefa:.2f} | {dense.mars:.2f} | not run |"
-
-
-def _workload(name: str) -> Workload | None:
-    """Give the row that a network of the zoo belongs to."""
-    record = zoo.record(name)
-    quantized = record.recipe.get("quantization")
-    if quantized is None:
-        return None
-    network = {"vgg16": "VGG16", "resnet18": "ResNet18"}.get(record.recipe["model"], "")
-    data = record.data.split(",")[0]
-    return Workload(network, data, quantized["weight_bits"], quantized["activation_bits"])
 
 
 def _ours(name: str | None) -> str:

@@ -22,6 +22,7 @@ __all__ = ["main", "mars"]
 _COMMANDS = {
     "compile": ("compiling", "Compile an ONNX model for MARS."),
     "quantize": ("quantizing", "Quantize a float ONNX model, without training it."),
+    "reproduce": ("reproducing", "Compute the paper's tables and figures beside the paper's."),
     "tune": ("tuning", "Search for faster schedules of a model."),
     "run": ("running", "Run a compiled model on the simulated MARS."),
     "eval": ("evaluating", "Run a test set: accuracy and images per second."),
