@@ -35,6 +35,7 @@ _COMMANDS = {
     "arch": ("architecture", "Print the machine: every field, its unit, source, meaning."),
     "train": ("training", "Train a network: quantization-aware, pruned by group-sets."),
     "zoo": ("zoo", "Trained networks: list, describe, export, evaluate."),
+    "doctor": ("doctoring", "Say what is installed, and what each part is for."),
     "ops": ("operators", "Print which operators MARS takes, and their limits."),
 }
 
