@@ -18,10 +18,12 @@ from click.testing import CliRunner, Result
 
 import mars_runtime
 from mars_runtime import PRESETS, MarsArch, Program, isa, load_arch
+from python_tests.small_networks import tiny_conv
 from tvm_mars import networks
 from tvm_mars.cli import _COMMANDS, main, mars
 from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.graph import Graph
+from tvm_mars.onnx_export import to_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 START = [sys.executable, "-c", "import sys; from tvm_mars.cli import main; sys.exit(main())"]
@@ -102,6 +104,67 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_version() -> None:
     assert spawn("--version").stdout.startswith("mars")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("arch", "compile", "diff", "doctor", "explain", "profile", "reproduce", "train", "tune"),
+        *("zoo list", "zoo info", "zoo eval"),
+    ],
+)
+def test_what_prints_figures_prints_json(name: str) -> None:
+    assert "--json" in call(*name.split(), "--help").output
+
+
+def test_compile_as_json(graph: Graph, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    model = tmp_path / "net.onnx"
+    model.write_bytes(to_onnx(graph).SerializeToString())
+    args = ("compile", model, "--json", "--input-shapes", "x0:[1,3,32,32]")
+    result = call(*args)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert {one["name"] for one in data["decisions"]} >= {"conv3_term0", "avgpool19"}
+    assert all(one["offloaded"] for one in data["decisions"])
+    assert sum(data["seconds"].values()) > 0
+    assert call(*args, "--dump-offloads", "-").exit_code == 2
+
+
+def test_searches_as_json(tmp_path: Path) -> None:
+    from tvm_mars.tuner.api import tune
+
+    work_dir = tmp_path / "tuned"
+    made = tune(tiny_conv(), work_dir=work_dir, max_trials_global=8, cost_model="none", seed=0)
+    result = call("tune", "-D", work_dir, "--show", "--json")
+    assert result.exit_code == 0, result.stderr
+    (one,) = json.loads(result.stdout)
+    cycles = [record.cycles for record in made.records]
+    assert (one["default"]["cycles"], one["best"]["cycles"]) == (cycles[0], min(cycles))
+    (run,) = one["runs"]
+    assert run["best_cost"] == [min(cycles[: i + 1]) for i in range(len(cycles))]
+
+
+def completed(*words: str) -> list[str]:
+    """What bash is offered in the place of the last word."""
+    environment = {
+        **ENVIRONMENT,
+        "_MARS_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(("mars", *words)),
+        "COMP_CWORD": str(len(words)),
+    }
+    result = subprocess.run(START, env=environment, capture_output=True, text=True, check=True)
+    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+
+
+def test_the_shell_completes() -> None:
+    assert completed("pro") == ["profile"]
+    assert completed("zoo", "e") == ["eval", "export"]
+    assert completed("profile", "--tr") == ["--trace"]
+    assert completed("reproduce", "fig1") == ["fig10", "fig11", "fig12"]
+    environment = {**ENVIRONMENT, "_MARS_COMPLETE": "bash_source"}
+    source = subprocess.run(START, env=environment, capture_output=True, text=True, check=True)
+    assert "complete -o nosort -F _mars_completion mars" in source.stdout
 
 
 # -- exit codes ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +41,7 @@ __all__ = ["check_model", "compile_command"]
 )
 @click.option("--tuned", metavar="DIR", help="Use the best schedules that `mars tune` found.")
 @click.option("--timing", is_flag=True, help="Say on stderr how long each stage took.")
+@click.option("--json", "as_json", is_flag=True, help="Print operators and timings as JSON.")
 def compile_command(
     model: str,
     output: str | None,
@@ -51,6 +53,7 @@ def compile_command(
     dump_offloads: str | None,
     tuned: str | None,
     timing: bool,
+    as_json: bool,
 ) -> None:
     """Compile a quantized ONNX model (QuantizeLinear and DequantizeLinear around its operators).
 
@@ -62,8 +65,10 @@ def compile_command(
     Example:
       mars compile net.onnx -o net.so --program net.mars --dump-offloads -
     """
-    if not (output or program or dump_offloads):
-        raise click.UsageError("nothing to write: give -o, --program or --dump-offloads")
+    if as_json and dump_offloads == "-":
+        raise click.UsageError("--json prints what --dump-offloads - does: give one of them")
+    if not (output or program or dump_offloads or as_json):
+        raise click.UsageError("nothing to write: give -o, --program, --dump-offloads or --json")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     machine = read_arch(arch, changes)  # a wrong one is said before TVM is imported
     check_model(model)
@@ -87,6 +92,9 @@ def compile_command(
         write_file(program, compiled.program.to_bytes())
     if output:
         compiled.export_library(output)
+    if as_json:
+        report = json.loads(compiled.report.to_json())
+        write_text(json.dumps({**report, "seconds": dict(compiled.timings)}, indent=2), None)
     if timing:
         _print_timings(compiled.timings)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 
 import click
 
-from .base import MarsCommand, assignments
+from .base import MarsCommand, assignments, write_text
 
 __all__ = ["train_command"]
 
@@ -40,6 +41,7 @@ INTERRUPTED = 130
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option("--tensorboard", metavar="DIR", help="Write a log for TensorBoard.")
 @click.option("--list", "wanted", is_flag=True, help="Print the recipes that come with tvm-mars.")
+@click.option("--json", "as_json", is_flag=True, help="Print the last epoch's figures as JSON.")
 def train_command(
     recipe: str | None,
     data: str | None,
@@ -49,6 +51,7 @@ def train_command(
     device: str,
     tensorboard: str | None,
     wanted: bool,
+    as_json: bool,
 ) -> None:
     """Train a network by a recipe: in float32, or quantization-aware and pruned.
 
@@ -100,6 +103,9 @@ def train_command(
     if not trainer.ranks.first:
         return
     last = trainer.history[-1]
+    if as_json:
+        write_text(json.dumps({"folder": str(trainer.folder), **last}, indent=2), None)
+        return
     click.echo(f"{trainer.folder}: {last['test accuracy']:.2%} of the test images")
     if "zero group-sets" in last:
         click.echo(f"{last['zero group-sets']:.2%} of the group-sets of pruned layers are zero")

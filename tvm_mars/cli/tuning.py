@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from .base import MarsCommand, arch_options, input_shapes, read_arch
+from .base import MarsCommand, arch_options, input_shapes, read_arch, write_text
+
+if TYPE_CHECKING:
+    from ..tuner.database import Database
 
 __all__ = ["tune_command"]
 
@@ -73,6 +78,7 @@ __all__ = ["tune_command"]
 )
 @click.option("--resume", is_flag=True, help="Take up a search with the same options.")
 @click.option("--show", is_flag=True, help="Only print what the database holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print that as JSON instead.")
 def tune_command(
     model: str | None,
     work_dir: str,
@@ -89,6 +95,7 @@ def tune_command(
     tuning_records: str | None,
     resume: bool,
     show: bool,
+    as_json: bool,
 ) -> None:
     """Search for faster schedules of a quantized ONNX model.
 
@@ -103,10 +110,9 @@ def tune_command(
       mars compile net.onnx --program net.mars --tuned tuned
     """
     from ..tuner.database import Database
-    from ..tuner.show import print_database
 
     if show:
-        print_database(Database.existing(work_dir, objective), sys.stdout)
+        _print(Database.existing(work_dir, objective), as_json)
         return
     if model is None:
         raise click.UsageError("nothing to tune: give MODEL.onnx, or --show")
@@ -134,4 +140,13 @@ def tune_command(
             earlier=earlier,
             on_trial=progress.report,
         )
-    print_database(database, sys.stdout)
+    _print(database, as_json)
+
+
+def _print(database: Database, as_json: bool) -> None:
+    from ..tuner.show import database_data, print_database
+
+    if as_json:
+        write_text(json.dumps(database_data(database), indent=2), None)
+    else:
+        print_database(database, sys.stdout)

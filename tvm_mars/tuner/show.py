@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import attrs
 from rich.console import RenderableType
@@ -13,7 +13,7 @@ from ..report.layout import new_table, print_parts
 from ..schedule import Choice
 from .database import Database, Record
 
-__all__ = ["print_database"]
+__all__ = ["database_data", "print_database"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60
@@ -22,6 +22,46 @@ _WIDTH = 60
 def print_database(database: Database, file: IO[str]) -> None:
     """Print the searches of a database."""
     print_parts(_parts(database), file)
+
+
+def database_data(database: Database) -> list[dict[str, Any]]:
+    """Give the searches of a database as plain data for JSON.
+
+    ``cycles`` are core cycles, ``energy_pj`` picojoule, which rests on assumptions; ``best_cost``
+    is, trial by trial, the least so far of what was to be small.
+    """
+    found = []
+    for workload, arch in dict.fromkeys((one.workload, one.arch) for one in database.records):
+        records, best = database.of(workload, arch), database.best(workload, arch)
+        assert best is not None
+        runs = [list(run) for _, run in itertools.groupby(records, key=lambda one: one.run)]
+        found.append(
+            {
+                "workload": workload,
+                "network": database.workloads.get(workload, ""),
+                "arch": arch,
+                "objective": database.objective,
+                "default": _cost_data(records[0]),
+                "best": _cost_data(best),
+                "runs": [
+                    {
+                        "run": run[0].run,
+                        "best_cost": _best_costs(run, database.objective),
+                    }
+                    for run in runs
+                ],
+            }
+        )
+    return found
+
+
+def _best_costs(records: Sequence[Record], objective: str) -> list[float]:
+    """Give the best cost so far over the trials."""
+    return list(itertools.accumulate((one.cost(objective) for one in records), min))
+
+
+def _cost_data(record: Record) -> dict[str, Any]:
+    return {"trial": record.trial, "cycles": record.cycles, "energy_pj": record.energy_pj}
 
 
 def _parts(database: Database) -> Iterator[RenderableType]:
@@ -46,7 +86,7 @@ def _parts(database: Database) -> Iterator[RenderableType]:
 
 def _convergence(records: Sequence[Record], objective: str) -> Iterator[str]:
     """Give the best cost so far over the trials, as a row of bars."""
-    best = list(itertools.accumulate((one.cost(objective) for one in records), min))
+    best = _best_costs(records, objective)
     places = [min(len(best) - 1, i * len(best) // _WIDTH) for i in range(min(_WIDTH, len(best)))]
     low, high = best[-1], best[0]
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0
