@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import mars_runtime
 from mars_runtime import PRESETS, MarsArch, Program, isa, load_arch
 from python_tests.small_networks import tiny_conv
-from tvm_mars import networks
+from tvm_mars import networks, zoo
 from tvm_mars.cli import _COMMANDS, main, mars
 from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.graph import Graph
@@ -115,6 +115,33 @@ def test_version() -> None:
 )
 def test_what_prints_figures_prints_json(name: str) -> None:
     assert "--json" in call(*name.split(), "--help").output
+
+
+def test_training_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from tvm_mars import qat
+
+    last = {"epoch": 3, "loss": 0.25, "test accuracy": 0.75, "zero group-sets": 0.5}
+    made = SimpleNamespace(
+        folder=tmp_path, history=[{}, last], finished=True, ranks=SimpleNamespace(first=True)
+    )
+    made.run = lambda: None
+    monkeypatch.setattr(qat, "load_data", lambda path: (None, None))
+    monkeypatch.setattr(qat, "Trainer", lambda *args, **options: made)
+    result = call("train", "plain-w8a8", "--data", "nowhere", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"folder": str(tmp_path), **last}
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_the_zoos_tables_have_80_columns(name: str) -> None:
+    lines = call("zoo", "info", name).output.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    table = lines[first : lines.index("", first)]
+    assert len(table) > 3
+    assert max(map(len, table)) <= 80
 
 
 def test_compile_as_json(graph: Graph, tmp_path: Path) -> None:

@@ -90,22 +90,22 @@ class Compression:
 
     def _lines(self) -> Iterator[str]:
         yield (
-            f"{'layer':<10} {'weights':>16} {'bits':>4} {'group-sets':>13} {'zero':>7} "
-            f"{'weight Kb':>10} {'index Kb':>9} {'cycles >=':>10} {'of dense':>9}"
+            f"{'layer':<7} {'weights':>12} {'bits':>4} {'group-sets':>11} {'zero':>6} "
+            f"{'weight Kb':>9} {'index Kb':>8} {'cycles >=':>9} {'/dense':>6}"
         )
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             count = f"{layer.group_sets}/{layer.dense_group_sets}"
             yield (
-                f"{layer.name:<10} {shape:>16} {layer.weight_bits:>4} {count:>13} "
-                f"{layer.zero_share:>7.2%} {layer.stored_bits(self.arch) / 1024:>10.2f} "
-                f"{layer.index_bits / 1024:>9.2f} {layer.cycles:>10.0f} "
-                f"{layer.cycles / layer.dense_cycles:>9.2%}"
+                f"{layer.name:<7} {shape:>12} {layer.weight_bits:>4} {count:>11} "
+                f"{layer.zero_share:>6.1%} {layer.stored_bits(self.arch) / 1024:>9.2f} "
+                f"{layer.index_bits / 1024:>8.2f} {layer.cycles:>9.0f} "
+                f"{layer.cycles / layer.dense_cycles:>6.1%}"
             )
         dense = sum(layer.dense_cycles for layer in self.layers)
         yield (
             f"all: {self.zero_share:.2%} of group-sets zero, {self.ratio:.1f} times smaller than "
-            f"float32, at least {self.cycles:.0f} cycles ({self.cycles / dense:.2%} of dense)"
+            f"float32,\nat least {self.cycles:.0f} cycles ({self.cycles / dense:.2%} of dense)"
         )
 
 
