@@ -27,9 +27,9 @@ from mars_runtime.quantize import Dequantize, Quantize
 from tvm_mars.codegen import generate, time_schedule
 from tvm_mars.graph import Conv, Graph, Input, Output
 from tvm_mars.networks import resnet18, vgg16
+from tvm_mars.paper import TABLE_I
 from tvm_mars.schedule import Point, Schedule
 from tvm_mars.tuner.bound import least_cycles
-from tvm_mars.paper import TABLE_I
 from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search

@@ -23,6 +23,7 @@ from tvm_mars.compiler import NamedGraph, build, build_region
 from tvm_mars.difference import (
     Comparison,
     Difference,
+    Layers,
     Machine,
     OnnxRuntime,
     Reference,
@@ -108,6 +109,14 @@ def test_equal_engines_do_not_differ() -> None:
     sizes = [int(np.prod(graph.types[layer.name].shape)) for layer in graph.layers]
     assert found.compared == {"other": COUNT * sum(sizes)}
     assert found.unseen == {"other": ()}
+
+
+def test_the_exact_engine_is_watched_too() -> None:
+    graph = networks.vgg16(0.05, activation_bits=4)
+    assert not compared(graph, Layers([graph], MARS)).differences
+    faulty = with_weight(graph, "conv3", (7, 1, 1, 1), 90)
+    found = compared(graph, Layers([faulty], MARS)).differences["other"]
+    assert (found.layer, found.channel) == ("conv3", 7)
 
 
 def test_what_is_pooled_in_the_write_is_not_shown() -> None:
@@ -293,7 +302,7 @@ def test_command_finds_no_difference(graph: Graph, folder: Path) -> None:
     total = COUNT * sum(int(np.prod(graph.types[layer.name].shape)) for layer in graph.layers)
     assert result.stdout.splitlines() == [
         f"reference, {name}: no difference in {total:,} codes of {COUNT} images"
-        for name in ("onnxruntime", "machine")
+        for name in ("onnxruntime", "machine", "layers")
     ]
 
 

@@ -15,11 +15,11 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import InputError, Program
+from mars_runtime import InputError, MarsArch, Program, run
 from mars_runtime.maps import RAW_BITS
 from mars_runtime.watch import watch
 
-from .compiler import NamedGraph
+from .compiler import NamedGraph, build
 from .graph import (
     Add,
     Conv,
@@ -32,12 +32,14 @@ from .graph import (
     evaluate_layer,
     evaluate_values,
 )
+from .verification import watched
 
 __all__ = [
     "ENGINES",
     "Comparison",
     "Difference",
     "Engine",
+    "Layers",
     "Machine",
     "OnnxRuntime",
     "Operands",
@@ -55,6 +57,7 @@ ENGINES: Mapping[str, str] = {
     "onnxruntime": "ONNX Runtime on the CPU, on the model as it is",
     "reference": "the integer reference in NumPy, which is the meaning of a network",
     "machine": "the program's instructions on the simulated machine",
+    "layers": "the exact engine, on the model compiled with every map as an output",
 }
 
 
@@ -93,6 +96,27 @@ class Machine:
         codes = _stored(graph, given)
         arrays = [codes[entry.name] for entry in graph.inputs]
         return watch(self.program.regions[region], self.program.arch, graph.types, arrays)
+
+
+@attrs.frozen(eq=False)
+class Layers:
+    """The exact engine, on programs that write every map out as well."""
+
+    graphs: Sequence[Graph]
+    arch: MarsArch
+
+    def maps(self, region: int, given: Arrays) -> Arrays:
+        """Give all layers' codes."""
+        graph = watched(self.graphs[region])
+        program = build([NamedGraph.of(graph)], self.arch)
+        results = run(program, given, engine="layers")
+        return {
+            out.value: np.rint(
+                np.asarray(result, np.float64).reshape(-1, *graph.types[out.value].shape)
+                / np.asarray(out.dequantize.scale, np.float64)[:, None, None]
+            ).astype(np.int64)
+            for out, result in zip(graph.outputs, results.values(), strict=True)
+        }
 
 
 @attrs.frozen(eq=False)

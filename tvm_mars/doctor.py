@@ -14,6 +14,8 @@ from pathlib import Path
 
 import attrs
 
+from mars_runtime.cache import cache_folder
+
 __all__ = ["CACHES", "PACKAGES", "Cache", "Findings", "Package", "examine"]
 
 #: Packages by their module: the names of their distributions, what they are for, and the extra of
@@ -24,6 +26,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "cattrs": (("cattrs",), "values to and from JSON", ""),
     "click": (("click",), "the command line", ""),
     "rich": (("rich",), "tables and progress bars", ""),
+    "llvmlite": (("llvmlite",), "machine code of the exact engine", ""),
     "onnx": (("onnx",), "reading and writing models", ""),
     "xgboost": (("xgboost-cpu", "xgboost"), "the cost model of mars tune", ""),
     "onnxruntime": (("onnxruntime",), "mars diff, mars zoo eval, the demo", "demo"),
@@ -36,7 +39,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 
 #: Where files are kept that are made again when they are missing, by what they are; None is off.
-CACHES: dict[str, Callable[[], Path | None]] = {}
+CACHES: dict[str, Callable[[], Path | None]] = {"machine code and lifted layers": cache_folder}
 
 # Features of a processor that make 8-bit dot products fast, by their names in Linux.
 _FEATURES = ("avx2", "avx_vnni", "avx512bw", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")

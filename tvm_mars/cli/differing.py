@@ -58,7 +58,7 @@ def _engine_names(_ctx: click.Context, _parameter: click.Parameter, given: str) 
 @click.option(
     "--engines",
     metavar="A,B,...",
-    default="reference,onnxruntime,machine",
+    default="reference,onnxruntime,machine,layers",
     show_default=True,
     callback=_engine_names,
     help="The first is what the others are compared with.",
@@ -82,11 +82,11 @@ def diff_command(
 ) -> None:
     """Find the first layer, pixel and channel at which engines give other codes for a model.
 
-    Engines are `onnxruntime` on the model as it is, the integer `reference` in NumPy, and the
-    `machine` executing the program. Layers are compared in the network's order, pixels by image,
-    row, column and channel; with the place come the operands that lead to the code: the window of
-    the input, weights, bias, sum, requantization, and the sums that would have given the other
-    engine's code. What is left to the CPU is not compared.
+    Engines are `onnxruntime` on the model as it is, the integer `reference` in NumPy, the `machine`
+    executing the program, and `layers`, the exact engine of `mars run`. Layers are compared in the
+    network's order, pixels by image, row, column and channel; with the place come the operands that
+    lead to the code: the window of the input, weights, bias, sum, requantization, and the sums that
+    would have given the other engine's code. What is left to the CPU is not compared.
 
     Exit codes are those of diff: 0 no difference, 1 a difference, 2 trouble. For a network that was
     quantized elsewhere one code more or less than onnxruntime is within the specification.
@@ -156,12 +156,14 @@ def _engine(
     arch: MarsArch,
     program_file: str | None,
 ) -> Engine:
-    from ..difference import Machine, OnnxRuntime, Reference
+    from ..difference import Layers, Machine, OnnxRuntime, Reference
 
     named = [piece.graph for piece in partition.pieces]
     graphs = [one.graph for one in named]
     if name == "reference":
         return Reference(graphs)
+    if name == "layers":
+        return Layers(graphs, arch)
     if name == "machine":
         return Machine(_program(partition, arch, program_file), graphs)
     try:

@@ -72,4 +72,5 @@ class Partition:
             inputs=interface.model_inputs,
             outputs=interface.model_outputs,
             host_operators=interface.host_operators,
+            host_reasons=interface.host_reasons,
         )

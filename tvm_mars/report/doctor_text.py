@@ -31,7 +31,7 @@ def _parts(found: Findings) -> Iterator[RenderableType]:
     yield _packages(found)
     yield ""
     if not found.caches:
-        yield "caches: none are kept on disk"
+        yield "caches: MARS_CACHE_DIR is empty, so none are kept on disk"
     for cache in found.caches:
         yield f"cache of {cache.name}: {cache.files:,} files, {cache.bytes / 1024:,.0f} KiB"
         yield f"  {cache.path}"
