@@ -174,8 +174,14 @@ def onnxruntime_engine(graph: Graph) -> Engine:
     return lambda x: _codes(scales(full), iter(session.run(None, {"x0": x})))
 
 
-def mars_engine(graph: Graph, arch: MarsArch | None = None) -> Engine:
-    """Give MARS, executing the program that writes every map out as well."""
+def mars_engine(graph: Graph, arch: MarsArch | None = None, engine: str = "machine") -> Engine:
+    """Give MARS, executing the program that writes every map out as well.
+
+    Parameters
+    ----------
+    engine : str
+        See :func:`mars_runtime.run`: ``machine`` executes every instruction, ``layers`` is faster.
+    """
     full = watched(graph)
     program = build([NamedGraph.of(full)], arch or PRESETS["mars"])
-    return lambda x: _codes(scales(full), iter(run(program, {"x0": x}).values()))
+    return lambda x: _codes(scales(full), iter(run(program, {"x0": x}, engine=engine).values()))

@@ -190,7 +190,7 @@ def eval_command(
         engines = {"ONNX Runtime": onnxruntime_engine(graph)}
     except ModuleNotFoundError as error:
         raise click.ClickException(f"needs {error.name}: pip install {error.name}") from None
-    engines["MARS"] = mars_engine(graph, read_arch(arch, changes))
+    engines["MARS"] = mars_engine(graph, read_arch(arch, changes), "auto")
     with progress_bar(len(dataset)) as progress:
         found = compare(engines, dataset, graph.outputs[0].value, batch=batch, progress=progress)
     _print_comparison(found, as_json)
