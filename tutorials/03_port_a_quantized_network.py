@@ -82,7 +82,7 @@ class Reader(CalibrationDataReader):
         return None if image is None else {"image": image[None]}
 
 
-quant_pre_process(folder / "float.onnx", folder / "prepared.onnx")
+quant_pre_process(folder / "float.onnx", folder / "prepared.onnx", skip_symbolic_shape=True)
 quantize_static(
     folder / "prepared.onnx",
     folder / "quantized.onnx",
