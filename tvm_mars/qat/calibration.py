@@ -20,10 +20,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from mars_runtime.errors import OptionError
-
 from ..ptq.fold import Freedom
 from ..ptq.ranges import Array, Kernels, RangedMap, choose_ranges, result_range, sample_stride
+from ..validators import require_one_of
 from .functions import normalize_weight, per_kernel
 from .layers import Addition, Average, Drop, Entry, Layer, Maximum, Sum, Term
 from .network import MarsNetwork
@@ -59,9 +58,7 @@ def calibrate(
     """
     if network.method == "float":
         return
-    if weight_scaling not in SCALINGS:
-        known = ", ".join(map(repr, SCALINGS))
-        raise OptionError(f"{weight_scaling!r}", where="weight_scaling", hint=f"one of {known}")
+    require_one_of("weight_scaling", weight_scaling, SCALINGS)
     fitted = weight_scaling == "fitted"
     ranges = _ranges(network, images, fitted)
     for layer in network.sums():
@@ -70,10 +67,11 @@ def calibrate(
             _rescale(term, before, ranges[layer.name])
         if layer.bits is None:
             layer.result_scale *= ranges[layer.name]
-    # The statistics are those of quantized weights, which are scaled by the statistics.
-    for _ in range(2 if fitted else 1):
-        if fitted:
-            _fit_weights(network)
+    if fitted:
+        _fit_weights(network)
+    _take_statistics(network, images)
+    # They are those of quantized weights, which are scaled by them.
+    if fitted and _fit_weights(network):
         _take_statistics(network, images)
 
 
@@ -116,15 +114,19 @@ def _gamma(term: Term) -> Array | None:
     return None if term.norm is None else term.affine()[0].cpu().numpy()
 
 
-def _fit_weights(network: MarsNetwork) -> None:
-    """Let the weights of each term reach their largest code."""
+def _fit_weights(network: MarsNetwork) -> bool:
+    """Let the weights of each term that may reach their largest code; whether any changed."""
+    changed = False
     for layer in network.sums():
         for term in layer.terms:
             freedom = _freedom(layer, term)
             if freedom is not None:
                 normalized, (scale, _) = term.normalized(), term.scale()
                 scaled = (normalized * per_kernel(scale, normalized)).cpu().numpy()
-                term.exponent.fill_(freedom.exponent(scaled, term.bits, _gamma(term)))
+                exponent = freedom.exponent(scaled, term.bits, _gamma(term))
+                changed |= exponent != int(term.exponent)
+                term.exponent.fill_(exponent)
+    return changed
 
 
 def _freedom(layer: Sum, term: Term) -> Freedom | None:
