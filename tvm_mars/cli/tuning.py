@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..tuner.search import COST_MODELS, OBJECTIVES
+from ..tuner.strategies import STRATEGIES
 from .base import MarsCommand, arch_options, input_shapes, read_arch, write_text
 
 if TYPE_CHECKING:
@@ -38,21 +40,21 @@ __all__ = ["tune_command"]
 @arch_options
 @click.option(
     "--objective",
-    type=click.Choice(["cycles", "energy", "edp"]),
+    type=click.Choice(OBJECTIVES),
     default="cycles",
     show_default=True,
     help="What is to be small.",
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["evolution", "random", "grid", "annealing"]),
+    type=click.Choice(STRATEGIES),
     default="evolution",
     show_default=True,
     help="How schedules are chosen.",
 )
 @click.option(
     "--cost-model",
-    type=click.Choice(["xgb", "none"]),
+    type=click.Choice(COST_MODELS),
     default="xgb",
     show_default=True,
     help="Whether a learned model picks what is measured.",
