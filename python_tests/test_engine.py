@@ -1,4 +1,7 @@
-"""The exact engine: code for code the reference, with every kernel that this processor executes."""
+"""The exact engine: code for code the reference, with every kernel that this processor executes.
+
+Arm's kernels run on any machine, under emulation, if the package unicorn is installed.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from mars_runtime import PRESETS, InputError, OptionError, ProgramError, isa, na
 from mars_runtime.cache import cache_folder, kept
 from mars_runtime.engine import CHUNKS, Engine, engine_of
 from mars_runtime.errors import MachineError
+from mars_runtime.kernel_code import ConvKernel
 from mars_runtime.layers import ConvLayer, Layers, dump, load
 from mars_runtime.lift import NotLifted, lift
 from mars_runtime.plan import Plan, _Scaling
@@ -43,6 +47,19 @@ from tvm_mars.networks import resnet20, vgg16
 
 MARS = PRESETS["mars"]
 VARIANTS = native.variants()
+HOST_LIBRARY = native.library
+
+
+@pytest.fixture(params=[*VARIANTS, "emulated neon-dotprod", "emulated portable"])
+def variant(request, monkeypatch) -> str:
+    """Kernels of this processor, or of Arm's under emulation."""
+    emulated, _, name = request.param.rpartition(" ")
+    if emulated:
+        pytest.importorskip("unicorn", reason="unicorn, which emulates Arm, is not installed")
+        from python_tests import emulated_arm
+
+        monkeypatch.setattr(native, "library", emulated_arm.library)
+    return str(name)
 
 
 def lifted(graph: Graph, arch=MARS) -> Layers:
@@ -65,6 +82,8 @@ def assert_exact(
     values = evaluate_values(graph, codes)
     engine = Engine(network, variant)
     engine.work = 2**40  # enough that threads share even these
+    if native.library is not HOST_LIBRARY:
+        threads = 1  # emulators do not share memory as processors do
     found = run_engine(engine, [codes[entry.name] for entry in graph.inputs], threads)
     for out, output in zip(graph.outputs, found, strict=True):
         expected = values[out.value]
@@ -75,8 +94,43 @@ def test_the_portable_kernels_are_everywhere():
     assert VARIANTS[-1] == "portable"
 
 
+def test_a_processor_executes_what_its_features_say():
+    def able(triple: str, *features: str) -> tuple[str, ...]:
+        return native.Processor(triple, "generic", dict.fromkeys(features, True)).variants()
+
+    assert able("aarch64-linux-gnu", "neon", "dotprod") == ("neon-dotprod", "portable")
+    assert able("aarch64-linux-gnu", "neon") == ("portable",)
+    assert able("x86_64-linux-gnu", "avx2", "avxvnni") == ("avx-vnni", "avx2", "portable")
+    assert able("x86_64-linux-gnu", "avx2", "avx512vnni") == ("avx2", "portable")
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [
+        (["fp asimd evtstrm aes asimdhp asimddp"] * 2, True),
+        (["fp asimd evtstrm aes crc32 cpuid"] * 4, False),
+        (["fp asimd asimddp", "fp asimd"], False),  # of two kinds
+        ([], False),
+    ],
+)
+def test_linux_tells_of_arms_dot_products(cores, expected):
+    text = "\n".join(f"processor\t: {i}\nFeatures\t: {core}\n" for i, core in enumerate(cores))
+    assert native._has_dot_products(text) is expected
+
+
+def test_arms_kernels_are_made_of_its_dot_products():
+    pytest.importorskip("unicorn", reason="unicorn, which emulates Arm, is not installed")
+    from python_tests.emulated_arm import ARM, assembly
+
+    pixels = tuple(16 * i for i in range(6))
+    for variant, expected in (("neon-dotprod", 4 * len(pixels)), ("portable", 0)):
+        kernel = ConvKernel(
+            variant, (pixels,), (0,), None, 1, pixels, "float32", True, True, True, 1
+        )
+        assert assembly((kernel,), ARM).count("sdot\t") == expected
+
+
 @pytest.mark.parametrize("part", range(8))
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_random_networks(variant, part, first_seed):
     """On machines whose tiles, partial sums and spills differ; batches that fill no chunk."""
     names = list(MACHINES)
@@ -181,7 +235,6 @@ def random_codes(graph: Graph, rng: np.random.Generator, images: int) -> dict[st
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(graph=convolutions(), images=st.sampled_from([1, 2, 5]), threads=st.sampled_from([1, 2]))
 def test_convolutions(variant, graph, images, threads):
@@ -203,7 +256,6 @@ def extreme(weight: int, bits: int, size: int = 1) -> Graph:
     return Graph([_input("x0", kind)], [Conv("conv0", [term], np.zeros(16))], [out])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("weight", [-128, -127, 127])
@@ -215,7 +267,6 @@ def test_sums_do_not_saturate(variant, weight, size, bits):
     assert (found == 4608 * top * weight).all()  # 2**24 is passed nine times over
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_without_weights_write_their_bias(variant):
     kind = MapType(20, 5, 5, 8)
     term = ConvTerm("x0", np.zeros((20, 20, 3, 3)), padding=(1, 1, 1, 1))
@@ -228,7 +279,7 @@ def test_layers_without_weights_write_their_bias(variant):
     assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
 
 
-def test_ties_round_to_even():
+def test_ties_round_to_even(variant):
     """Odd halves of a small grid: every second accumulator is a tie."""
     weight = np.zeros((16, 16, 1, 1), int)
     weight[np.arange(16), np.arange(16), 0, 0] = np.arange(16) - 8
@@ -240,12 +291,11 @@ def test_ties_round_to_even():
     expected = 100 + np.array(
         [[round((channel - 8) * code / 2) for code in range(16)] for channel in range(16)]
     )
-    for variant in VARIANTS:
-        (found,) = run_engine(Engine(lifted(graph), variant), [codes])
-        np.testing.assert_array_equal(found[0, :, 0], np.clip(expected, 0, 255))
+    (found,) = run_engine(Engine(lifted(graph), variant), [codes])
+    np.testing.assert_array_equal(found[0, :, 0], np.clip(expected, 0, 255))
 
 
-def test_every_kind_of_number_is_chosen():
+def test_every_kind_of_number_is_chosen(variant):
     """The products decide: float32 to 2**24, float64 to 2**53, int64 beyond, none for raw sums."""
     weight = np.ones((16, 16, 1, 1))
     kind = MapType(16, 1, 1, 8)
@@ -263,9 +313,9 @@ def test_every_kind_of_number_is_chosen():
         graph = Graph([_input("x0", kind)], [layer], [out])
         network = lifted(graph)
         (found,) = network.layers
-        assert isinstance(found, ConvLayer) and _Scaling.of(found).numbers == expected
+        assert isinstance(found, ConvLayer) and _Scaling.of(found, found.bias).numbers == expected
         codes = random_codes(graph, np.random.default_rng(1), 40)
-        assert_exact(graph, network, codes, VARIANTS[-1])
+        assert_exact(graph, network, codes, variant)
 
 
 def test_chunks_and_threads_do_not_change_the_codes():

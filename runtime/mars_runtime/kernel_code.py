@@ -67,8 +67,32 @@ _FIELD = {name: number for number, name in enumerate(FIELDS)}
 #: multiplier, shift, what is added before it, the mask of the bit that breaks ties.
 PARAMETER_BYTES = 64 + 64 + 4 * 128
 
-#: How four u8 x s8 products are added to sixteen sums, best first, and pixels held in registers.
-VARIANTS = {"avx512-vnni": 16, "avx-vnni": 6, "avx2": 6, "portable": 4}
+
+@attrs.frozen
+class Variant:
+    """How four u8 x s8 products are added to each of sixteen sums.
+
+    Parameters
+    ----------
+    pixels : int
+        Pixels whose sums are held in registers.
+    offset : int
+        What is taken from the codes, for an instruction of signed numbers; ``offset`` times the
+        sum of the weights is part of the bias.
+    """
+
+    pixels: int
+    offset: int = 0
+
+
+#: By name, best first.
+VARIANTS = {
+    "avx512-vnni": Variant(16),
+    "avx-vnni": Variant(6),
+    "avx2": Variant(6),
+    "neon-dotprod": Variant(6, offset=128),
+    "portable": Variant(4),
+}
 
 Requantization: TypeAlias = Literal["float32", "float64", "int64", "raw"]
 
@@ -236,10 +260,11 @@ class _Code:
         return f"define void @{name}(ptr %step, i64 %thread) #0 {{\n{body}\n  ret void\n}}\n"
 
 
-def _halves(code: _Code, value: str, type: str = "i32", count: int = 8) -> list[str]:
-    vector = f"<{2 * count} x {type}>"
+def _parts(code: _Code, value: str, type: str, count: int, whole: int) -> list[str]:
+    """Cut a vector of ``whole`` elements into pieces of ``count``."""
+    vector = f"<{whole} x {type}>"
     found = []
-    for first in (0, count):
+    for first in range(0, whole, count):
         lanes = ", ".join(f"i32 {first + i}" for i in range(count))
         found.append(
             code.set(f"shufflevector {vector} {value}, {vector} poison, <{count} x i32> <{lanes}>")
@@ -247,10 +272,19 @@ def _halves(code: _Code, value: str, type: str = "i32", count: int = 8) -> list[
     return found
 
 
-def _joined(code: _Code, halves: Sequence[str]) -> str:
-    lanes = ", ".join(f"i32 {i}" for i in range(16))
-    low, high = halves
-    return code.set(f"shufflevector <8 x i32> {low}, <8 x i32> {high}, <16 x i32> <{lanes}>")
+def _joined(code: _Code, parts: Sequence[str]) -> str:
+    """Join two or four pieces of sixteen int32."""
+    while len(parts) > 1:
+        half = 16 // len(parts)
+        lanes = ", ".join(f"i32 {i}" for i in range(2 * half))
+        parts = [
+            code.set(
+                f"shufflevector <{half} x i32> {low}, <{half} x i32> {high}, "
+                f"<{2 * half} x i32> <{lanes}>"
+            )
+            for low, high in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
 
 
 class _Dot:
@@ -258,54 +292,64 @@ class _Dot:
 
     def __init__(self, code: _Code, variant: str, pointer: str) -> None:
         self.code, self.variant = code, variant
-        weights = code.load(_I32, pointer, 64)
-        if variant == "avx512-vnni":
-            self.weights = [weights]
-        elif variant == "avx-vnni":
-            self.weights = _halves(code, weights)
-        else:
-            # Bytes 0 and 2, and bytes 1 and 3, as pairs of int16.
-            pairs = code.set(f"bitcast {_I32} {weights} to <32 x i16>")
-            eight = "splat (i16 8)"
-            even = code.binary("shl", "<32 x i16>", pairs, eight)
-            self.weights = [
-                code.binary("ashr", "<32 x i16>", even, eight),
-                code.binary("ashr", "<32 x i16>", pairs, eight),
-            ]
+        self.weights = code.load(_I32, pointer, 64)
+        if variant in ("avx2", "portable"):
+            self.pairs = self._signed_pairs(self.weights)
 
     def add(self, acc: str, pointer: str) -> str:
+        """Add the products with the inputs at ``pointer``."""
         code = self.code
-        inputs = code.load("i32", pointer, 4)
+        inputs = code.splat(code.load("i32", pointer, 4))
         if self.variant == "avx512-vnni":
-            return code.call(
-                "x86.avx512.vpdpbusd.512", _I32, acc, code.splat(inputs), self.weights[0]
-            )
+            return code.call("x86.avx512.vpdpbusd.512", _I32, acc, inputs, self.weights)
         if self.variant == "avx-vnni":
-            given = _halves(code, code.splat(inputs))
-            parts = [
-                code.call("x86.avx512.vpdpbusd.256", "<8 x i32>", *triple)
-                for triple in zip(_halves(code, acc), given, self.weights, strict=True)
-            ]
-            return _joined(code, parts)
-        odd = code.set(f"lshr i32 {inputs}, 8")
-        for part, held in zip((inputs, odd), self.weights, strict=True):
-            pair = code.splat(code.set(f"and i32 {part}, {0x00FF00FF}"))
-            pairs = code.set(f"bitcast {_I32} {pair} to <32 x i16>")
-            acc = code.binary("add", _I32, acc, self._pairs(pairs, held))
+            return self._by_parts(8, acc, inputs, "x86.avx512.vpdpbusd.256", "<8 x i32>")
+        if self.variant == "neon-dotprod":
+            # Codes less 128: their highest bit turned over.
+            signed = code.binary("xor", _I32, inputs, f"splat (i32 {0x80808080 - 2**32})")
+            return self._by_parts(4, acc, signed, "aarch64.neon.sdot.v4i32.v16i8", "<16 x i8>")
+        odd = code.binary("lshr", _I32, inputs, "splat (i32 8)")
+        for part, weights in zip((inputs, odd), self.pairs, strict=True):
+            codes = code.binary("and", _I32, part, f"splat (i32 {0x00FF00FF})")
+            pairs = code.set(f"bitcast {_I32} {codes} to <32 x i16>")
+            acc = code.binary("add", _I32, acc, self._multiplied(pairs, weights))
         return acc
 
-    def _pairs(self, given: str, weights: str) -> str:
+    def _by_parts(self, size: int, acc: str, inputs: str, function: str, operand: str) -> str:
+        """Call an instruction of ``size`` sums."""
+        code, sums = self.code, f"<{size} x i32>"
+        found = []
+        for total, *pair in zip(
+            *(_parts(code, value, "i32", size, 16) for value in (acc, inputs, self.weights)),
+            strict=True,
+        ):
+            if operand != sums:
+                pair = [code.set(f"bitcast {sums} {one} to {operand}") for one in pair]
+            given = ", ".join(f"{operand} {one}" for one in pair)
+            found.append(code.set(f"call {sums} @llvm.{function}({sums} {total}, {given})"))
+        return _joined(code, found)
+
+    def _signed_pairs(self, weights: str) -> list[str]:
+        """Give bytes 0 and 2, and bytes 1 and 3, as pairs of int16."""
+        code, eight = self.code, "splat (i16 8)"
+        pairs = code.set(f"bitcast {_I32} {weights} to <32 x i16>")
+        even = code.binary("shl", "<32 x i16>", pairs, eight)
+        return [code.binary("ashr", "<32 x i16>", part, eight) for part in (even, pairs)]
+
+    def _multiplied(self, inputs: str, weights: str) -> str:
+        """Give the sums of products of pairs."""
         code = self.code
         if self.variant == "avx2":
             parts = [
                 code.set(f"call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> {a}, <16 x i16> {b})")
                 for a, b in zip(
-                    _halves(code, given, "i16", 16), _halves(code, weights, "i16", 16), strict=True
+                    *(_parts(code, value, "i16", 16, 32) for value in (inputs, weights)),
+                    strict=True,
                 )
             ]
             return _joined(code, parts)
         # 255 * -128 fits an int16; the sum of two does not.
-        product = code.binary("mul", "<32 x i16>", given, weights)
+        product = code.binary("mul", "<32 x i16>", inputs, weights)
         both = code.set(f"bitcast <32 x i16> {product} to {_I32}")
         sixteen = "splat (i32 16)"
         low = code.binary("ashr", _I32, code.binary("shl", _I32, both, sixteen), sixteen)
@@ -665,13 +709,18 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i
 declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
 declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 """
+_ARM_DECLARATIONS = """
+declare <4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8(<4 x i32>, <16 x i8>, <16 x i8>)
+"""
 
 
 def module_text(kernels: Iterable[Kernel], triple: str, features: Mapping[str, bool]) -> str:
     """Give the LLVM IR of a module: ``run``, and ``kernel<i>`` for each kernel."""
     x86 = triple.startswith(("x86_64", "i686", "amd64"))
+    arm = triple.startswith(("aarch64", "arm64"))
     fma = features.get("fma", not x86)
     runner = _RUNNER.replace("PAUSE", "call void @llvm.x86.sse2.pause()" if x86 else "")
-    parts = [f'target triple = "{triple}"', _DECLARATIONS, _X86_DECLARATIONS if x86 else "", runner]
+    own = _X86_DECLARATIONS if x86 else _ARM_DECLARATIONS if arm else ""
+    parts = [f'target triple = "{triple}"', _DECLARATIONS, own, runner]
     parts += [kernel.text(f"kernel{number}", fma) for number, kernel in enumerate(kernels)]
     return "\n".join([*parts, "attributes #0 = { nounwind }"])

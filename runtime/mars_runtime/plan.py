@@ -262,10 +262,11 @@ class Plan:
     ) -> tuple[Kernel, dict[str, Any]]:
         apw, out = layer.apw, self.buffers[layer.out]
         window = (apw.pool_height, apw.pool_width)
-        tile = _tile(out.map, group, window, VARIANTS[self.variant])
+        variant = VARIANTS[self.variant]
+        tile = _tile(out.map, group, window, variant.pixels)
         pixels = math.prod(tile) * math.prod(window)
         split = 4 if pixels <= 4 else 2 if pixels <= 8 else 1
-        if pixels * split > 2 * VARIANTS[self.variant]:
+        if pixels * split > 2 * variant.pixels:
             split = 1
         sources = [(source, self.buffers[source.map]) for source in layer.sources]
         order = sorted(range(len(sources)), key=lambda i: -sources[i][0].shift)
@@ -286,7 +287,7 @@ class Plan:
         if not reads:
             tiles = [np.zeros_like(ends)]
         table = np.column_stack([*tiles, ends]).astype(np.int32)
-        scaling = _Scaling.of(layer)
+        scaling = _Scaling.of(layer, _bias(layer, variant.offset))
         kernel = ConvKernel(
             self.variant,
             tuple(_places(tile, *read) for read in reads[: len(sources)]),
@@ -539,6 +540,19 @@ def _shifting(shift: int) -> tuple[int, int, int]:
     return shift, (1 << shift >> 1) - 1 if shift else 0, 1 if shift else 0
 
 
+def _bias(layer: ConvLayer, offset: int) -> Array:
+    """Give the bias, int32, of a layer from whose codes ``offset`` is taken.
+
+    Sums wrap at 32 bits on the way; that the layer's own fit is known.
+    """
+    bias = layer.bias.copy()
+    shifts = np.array([source.shift for source in layer.sources], np.int64)
+    block, place = layer.group_sets[:, :2].T
+    sums = layer.weights.sum(axis=(1, 3), dtype=np.int64)
+    np.add.at(bias, block, offset * sums << shifts[place][:, None])
+    return bias.astype(np.int32)
+
+
 @attrs.frozen(eq=False)
 class _Scaling:
     """In which numbers a layer is requantized, and its parameters by block."""
@@ -552,8 +566,11 @@ class _Scaling:
     parameters: Array
 
     @classmethod
-    def of(cls, layer: ConvLayer) -> _Scaling:
-        """Choose the cheapest numbers that hold every product of a layer."""
+    def of(cls, layer: ConvLayer, bias: Array) -> _Scaling:
+        """Choose the cheapest numbers that hold every product of a layer.
+
+        Its sums begin at ``bias``, int32.
+        """
         apw = layer.apw
         raw, by_shift = apw.mode == isa.MODE_RAW, apw.mode == isa.MODE_SHIFT
         top = 255 if apw.wide else 15
@@ -582,7 +599,7 @@ class _Scaling:
         ]
         eights = integers if numbers == "int64" else [scale.view(np.int64), *integers[1:]]
         parameters = np.zeros((len(layer.bias), PARAMETER_BYTES), np.uint8)
-        parts = [layer.bias.astype(np.int32), scale.astype(np.float32), *eights]
+        parts = [bias, scale.astype(np.float32), *eights]
         for at, part in zip((0, 64, 128, 256, 384, 512), parts, strict=True):
             data = np.ascontiguousarray(part).view(np.uint8)
             parameters[:, at : at + data.shape[1]] = data
