@@ -24,7 +24,7 @@ from mars_runtime.errors import MachineError
 from mars_runtime.kernel_code import ConvKernel
 from mars_runtime.layers import ConvLayer, Layers, dump, load
 from mars_runtime.lift import NotLifted, lift
-from mars_runtime.plan import Plan, _Scaling
+from mars_runtime.plan import Plan, _Scaling, _vectors
 from mars_runtime.program import Region
 from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
@@ -125,7 +125,7 @@ def test_arms_kernels_are_made_of_its_dot_products():
     pixels = tuple(16 * i for i in range(6))
     for variant, expected in (("neon-dotprod", 4 * len(pixels)), ("portable", 0)):
         kernel = ConvKernel(
-            variant, (pixels,), (0,), None, 1, pixels, "float32", True, True, True, 1
+            variant, (pixels,), (0,), None, 1, pixels, "float32", True, True, True, 1, False
         )
         assert assembly((kernel,), ARM).count("sdot\t") == expected
 
@@ -277,6 +277,58 @@ def test_layers_without_weights_write_their_bias(variant):
     network = lifted(graph)
     assert isinstance(network.layers[0], ConvLayer) and not len(network.layers[0].weights)
     assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
+
+
+def depthwise(kernel: int, dilation: int, stride: int = 1, weight: int | None = None) -> Graph:
+    """40 channels, each with a kernel of its own."""
+    weights = np.random.default_rng(kernel).integers(1, 128, (40, 1, kernel, kernel))
+    if weight is not None:
+        weights[:] = weight
+    padding = (0, 0, 0, 0) if weight else (dilation,) * 4
+    term = ConvTerm("x0", weights, 8, (stride, stride), padding, (dilation, dilation), 40)
+    size = window_size(13, kernel, stride, *padding[:2], dilation)
+    out = Output("conv0", (40, size, size), Dequantize("int32"))
+    layer = Conv("conv0", [term], np.zeros(40))
+    return Graph([_input("x0", MapType(40, 13, 13, 8, 9))], [layer], [out])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "per_row"),
+    [(1, 1, 1), (3, 1, 1), (4, 1, 1), (5, 1, 2), (3, 2, 2), (3, 4, 3)],
+)
+def test_depthwise_layers_take_four_pixels_at_a_time(variant, kernel, dilation, per_row):
+    for stride in (1, 2):
+        graph = depthwise(kernel, dilation, stride)
+        network = lifted(graph)
+        (layer,) = network.layers
+        assert isinstance(layer, ConvLayer) and len(_vectors(layer)[0]) == 3 * kernel * per_row
+        (made,) = Plan(network, variant, 1, 1).library.addresses
+        assert made.diagonal
+        codes = random_codes(graph, np.random.default_rng(stride), 3)
+        assert_exact(graph, network, codes, variant)
+
+
+def test_one_weight_off_the_diagonal_is_not_forgotten(variant):
+    weight = np.zeros((32, 32, 3, 3), int)
+    weight[np.arange(32), np.arange(32)] = 5
+    weight[17, 16, 2, 2] = -7
+    term = ConvTerm("x0", weight, padding=(1, 1, 1, 1))
+    out = Output("conv0", (32, 7, 7), Dequantize("int32"))
+    graph = Graph(
+        [_input("x0", MapType(32, 7, 7, 8))], [Conv("conv0", [term], np.zeros(32))], [out]
+    )
+    network = lifted(graph)
+    (made,) = Plan(network, variant, 1, 1).library.addresses
+    assert not made.diagonal
+    assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
+
+
+@pytest.mark.parametrize("weight", [-128, 127])
+def test_depthwise_sums_do_not_saturate(variant, weight):
+    graph = depthwise(5, 1, 1, weight)
+    codes = np.full((1, 40, 13, 13), 255, np.uint8)
+    (found,) = run_engine(Engine(lifted(graph), variant), [codes])
+    assert (found[:, :40] == 25 * (255 - 9) * weight).all()
 
 
 def test_ties_round_to_even(variant):

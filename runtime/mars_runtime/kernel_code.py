@@ -124,6 +124,9 @@ class ConvKernel:
         point nor clamp.
     split : int
         Vectors that are summed side by side, for tiles of few pixels.
+    diagonal : bool
+        Whether a vector's four weights of an output meet its own channel in four adjacent pixels,
+        as in depthwise layers, instead of four channels of one pixel.
     """
 
     variant: str
@@ -137,6 +140,7 @@ class ConvKernel:
     clamped: bool
     trivial: bool
     split: int
+    diagonal: bool
 
     def text(self, name: str, fma: bool) -> str:
         """Give the kernel's LLVM IR."""
@@ -288,18 +292,18 @@ def _joined(code: _Code, parts: Sequence[str]) -> str:
 
 
 class _Dot:
-    """Adds products of four inputs and a vector's 16 x 4 weights to sixteen sums."""
+    """Adds products of inputs and a vector's 16 x 4 weights to sixteen sums."""
 
-    def __init__(self, code: _Code, variant: str, pointer: str) -> None:
-        self.code, self.variant = code, variant
+    def __init__(self, code: _Code, kernel: ConvKernel, pointer: str) -> None:
+        self.code, self.variant, self.diagonal = code, kernel.variant, kernel.diagonal
         self.weights = code.load(_I32, pointer, 64)
-        if variant in ("avx2", "portable"):
+        if self.variant in ("avx2", "portable"):
             self.pairs = self._signed_pairs(self.weights)
 
     def add(self, acc: str, pointer: str) -> str:
         """Add the products with the inputs at ``pointer``."""
         code = self.code
-        inputs = code.splat(code.load("i32", pointer, 4))
+        inputs = self._inputs(pointer)
         if self.variant == "avx512-vnni":
             return code.call("x86.avx512.vpdpbusd.512", _I32, acc, inputs, self.weights)
         if self.variant == "avx-vnni":
@@ -314,6 +318,18 @@ class _Dot:
             pairs = code.set(f"bitcast {_I32} {codes} to <32 x i16>")
             acc = code.binary("add", _I32, acc, self._multiplied(pairs, weights))
         return acc
+
+    def _inputs(self, pointer: str) -> str:
+        """Give the four inputs of each output."""
+        code = self.code
+        if not self.diagonal:
+            return code.splat(code.load("i32", pointer, 4))
+        pixels = code.load("<64 x i8>", pointer, 16)
+        lanes = ", ".join(f"i32 {16 * pixel + i}" for i in range(16) for pixel in range(4))
+        mixed = code.set(
+            f"shufflevector <64 x i8> {pixels}, <64 x i8> poison, <64 x i32> <{lanes}>"
+        )
+        return code.set(f"bitcast <64 x i8> {mixed} to {_I32}")
 
     def _by_parts(self, size: int, acc: str, inputs: str, function: str, operand: str) -> str:
         """Call an instruction of ``size`` sums."""
@@ -529,7 +545,7 @@ def _vectors(
     for part in range(kernel.split):
         vector = code.set(f"add i64 {index}, {part}")
         pixel = code.at(base, code.number(code.at(offsets, vector, 4)))
-        dot = _Dot(code, kernel.variant, code.at(weights, vector, 64))
+        dot = _Dot(code, kernel, code.at(weights, vector, 64))
         for i, place in enumerate(places):
             number = part * len(places) + i
             given.append(dot.add(held[number], code.at(pixel, place)))

@@ -130,6 +130,7 @@ class Plan:
         self.groups = list(self._groups())
         self.buffers = self._buffers()
         last = self.buffers[-1]
+        # Behind the last pixel, as much as a vector of adjacent ones can reach beyond it.
         self.arena_bytes = last.start + last.images * last.pitch + ALIGNMENT
         if self.arena_bytes >= MOST_BYTES:
             raise CapacityError(
@@ -270,7 +271,7 @@ class Plan:
             split = 1
         sources = [(source, self.buffers[source.map]) for source in layer.sources]
         order = sorted(range(len(sources)), key=lambda i: -sources[i][0].shift)
-        starts, offsets, weights = self._vectors(layer, order, split)
+        starts, offsets, weights = self._lists(layer, order, split)
         ordered = [sources[i] for i in order]
         # Between two sources the sum is shifted by the difference, behind the last by the rest.
         shifts = [source.shift for source, _ in ordered] + [0]
@@ -300,6 +301,7 @@ class Plan:
             scaling.clamped,
             scaling.trivial,
             split,
+            _diagonal(layer),
         )
         counts = np.diff(starts.reshape(-1)[:: max(1, len(sources))]).tolist()
         fields = {
@@ -324,19 +326,20 @@ class Plan:
             fields["residual_shift"] = layer.residual[1]
         return kernel, fields
 
-    def _vectors(
+    def _lists(
         self, layer: ConvLayer, order: Sequence[int], split: int
     ) -> tuple[Array, Array, Array]:
         """Give a layer's non-zero vectors, by block and source, in whole groups of ``split``."""
         blocks, count = self.layers.maps[layer.out].blocks, len(order)
         if not count:
             return np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 64), np.int8)
-        group_set, lane = np.nonzero(layer.weights.any(axis=(2, 3)))
-        block, place, y, x, channel = layer.group_sets[group_set].T
+        places, vectors = _vectors(layer)
+        block, place, y, x, channel = places.T
         pixel = np.array([self.buffers[s.map].unit for s in layer.sources])
         row = np.array([self.buffers[s.map].columns for s in layer.sources])
         area = np.array([self.buffers[s.map].block for s in layer.sources])
-        offset = channel * area[place] + (y * row[place] + x) * pixel[place] + lane * LANES
+        offset = (y * row[place] + x) * pixel[place]
+        offset += channel // WORD_CHANNELS * area[place] + channel % WORD_CHANNELS
         rank = np.argsort(order)[place]
         key = block * count + rank
         sorting = np.lexsort((offset, key))
@@ -349,7 +352,7 @@ class Plan:
         offsets = np.zeros(starts[-1] + 1, np.int32)
         weights = np.zeros((starts[-1] + 1, WEIGHT_VECTOR_BYTES), np.int8)
         offsets[to] = offset[sorting]
-        weights[to] = layer.weights[group_set, lane].reshape(-1, WEIGHT_VECTOR_BYTES)[sorting]
+        weights[to] = vectors.reshape(-1, WEIGHT_VECTOR_BYTES)[sorting]
         return starts.astype(np.int32), offsets, weights
 
     def _pool(
@@ -433,11 +436,48 @@ def map_bytes(map: Map) -> int:
 
 
 def dot_products(layer: Layer, out: Map) -> int:
-    """Count dot products of 16 outputs with four inputs, per image."""
+    """Count dot products of 16 outputs with four inputs, per image, or more than there are."""
     if not isinstance(layer, ConvLayer):
         return 0
     pixels = out.height * out.width * layer.apw.pool_height * layer.apw.pool_width
-    return pixels * len(layer.weights) * WORD_CHANNELS // LANES
+    each = 1 if _diagonal(layer) else WORD_CHANNELS // LANES
+    return pixels * len(layer.weights) * each
+
+
+_CHANNELS = np.arange(WORD_CHANNELS)
+
+
+def _on_diagonal(layer: ConvLayer) -> Array:
+    """Give the weights ``[n, 16]`` with which outputs meet their own channel."""
+    return layer.weights[:, _CHANNELS // LANES, _CHANNELS, _CHANNELS % LANES]
+
+
+def _diagonal(layer: ConvLayer) -> bool:
+    """Say whether no output meets another channel than its own, as in depthwise layers."""
+    return bool(np.count_nonzero(layer.weights) == np.count_nonzero(_on_diagonal(layer)))
+
+
+def _vectors(layer: ConvLayer) -> tuple[Array, Array]:
+    """Give a layer's non-zero vectors: output block, source, row, column, channel; weights.
+
+    A vector's weights ``[output 16, 4]`` meet four channels of one pixel, from ``channel`` on. In a
+    diagonal layer, where three of those would be zeros, they meet four adjacent pixels.
+    """
+    if not _diagonal(layer):
+        group_set, lane = np.nonzero(layer.weights.any(axis=(2, 3)))
+        places = layer.group_sets[group_set]
+        places[:, 4] = places[:, 4] * WORD_CHANNELS + lane * LANES
+        return places, layer.weights[group_set, lane]
+    weights = _on_diagonal(layer)
+    present = weights.any(axis=1)
+    places, weights = layer.group_sets[present], weights[present]
+    places[:, 4] *= WORD_CHANNELS
+    number = places[:, 3] % LANES
+    places[:, 3] -= number
+    places, vector = np.unique(places, axis=0, return_inverse=True)
+    vectors = np.zeros((len(places), WORD_CHANNELS, LANES), np.int8)
+    vectors[vector.reshape(-1), :, number] = weights
+    return places, vectors
 
 
 def _read(layer: Layer) -> Iterator[int]:
