@@ -66,6 +66,7 @@ bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network,
 	$(BIN)/python benchmarks/resnet18_224.py
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/one_image.py
 
 bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
 	$(BIN)/python benchmarks/qat_step.py

@@ -664,7 +664,8 @@ def _add(kernel: AddKernel, name: str) -> str:
     return code.function(name)
 
 
-# Executes steps in order. Threads meet behind each step: a counter, and who yields the processor.
+# Executes steps in order. Threads meet behind each step: a counter, and who yields the processor,
+# after about a microsecond, to a thread that may have none.
 _RUNNER = """
 define void @run(ptr %steps, i64 %count, i64 %thread, i64 %threads, ptr %meeting) #0 {
 entry:
@@ -694,7 +695,7 @@ spin:
 wait:
   %turn.n = add i64 %turn, 1
   PAUSE
-  %long = icmp sgt i64 %turn, 200
+  %long = icmp sgt i64 %turn, 20
   %yield = load ptr, ptr %yield.at, align 8
   %can = icmp ne ptr %yield, null
   %gives = and i1 %long, %can
