@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import mars_runtime
 from mars_runtime import PRESETS, InputError, OptionError, ProgramError, isa, native
 from mars_runtime.cache import cache_folder, kept
-from mars_runtime.engine import CHUNKS, Engine, engine_of
+from mars_runtime.engine import CHUNKS, Engine, _from_blocks, _Runner, _to_blocks, engine_of
 from mars_runtime.errors import MachineError
 from mars_runtime.kernel_code import ConvKernel
 from mars_runtime.layers import ConvLayer, Layers, dump, load
@@ -116,6 +116,26 @@ def test_a_processor_executes_what_its_features_say():
 def test_linux_tells_of_arms_dot_products(cores, expected):
     text = "\n".join(f"processor\t: {i}\nFeatures\t: {core}\n" for i, core in enumerate(cores))
     assert native._has_dot_products(text) is expected
+
+
+def test_arms_threads_meet_behind_each_layer():
+    """One after the other, for the emulator runs one: the other is said to have arrived."""
+    pytest.importorskip("unicorn", reason="unicorn, which emulates Arm, is not installed")
+    from python_tests import emulated_arm
+
+    graph = depthwise(3, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", emulated_arm.library)
+        runner = _Runner(Plan(lifted(graph), "neon-dotprod", 1, 2))
+    codes = random_codes(graph, np.random.default_rng(0), 1)
+    _to_blocks(codes["x0"], runner.inputs[0])
+    for thread in (0, 1):
+        runner.meeting[0] = 1
+        runner._share(thread)
+        assert runner.meeting[0] == 2  # of two
+    expected = evaluate_values(graph, codes)["conv0"]
+    found = _from_blocks(runner.outputs[0])
+    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
 
 
 def test_arms_kernels_are_made_of_its_dot_products():
@@ -329,6 +349,24 @@ def test_depthwise_sums_do_not_saturate(variant, weight):
     codes = np.full((1, 40, 13, 13), 255, np.uint8)
     (found,) = run_engine(Engine(lifted(graph), variant), [codes])
     assert (found[:, :40] == 25 * (255 - 9) * weight).all()
+
+
+@pytest.mark.parametrize("groups", [1, 24])
+@pytest.mark.parametrize("shifts", [(0, 3), (5, 2)])
+def test_terms_are_aligned(variant, shifts, groups):
+    """Two maps into the same sums, each term on a grid of its own."""
+    rng = np.random.default_rng(groups)
+    terms = [
+        ConvTerm(f"x{i}", rng.integers(1, 128, (24, 24 // groups, 3, 3)), groups=groups, shift=by)
+        for i, by in enumerate(shifts)
+    ]
+    inputs = [_input(term.input, MapType(24, 9, 9, 8)) for term in terms]
+    layer = Conv("conv0", terms, rng.integers(-3000, 3000, 24))
+    out = Output("conv0", (24, 7, 7), Dequantize("int32"))
+    graph = Graph(inputs, [layer], [out])
+    network = lifted(graph)
+    assert sorted(source.shift for source in network.layers[0].sources) == sorted(shifts)
+    assert_exact(graph, network, random_codes(graph, rng, 2), variant)
 
 
 def test_ties_round_to_even(variant):

@@ -586,10 +586,11 @@ def _bias(layer: ConvLayer, offset: int) -> Array:
     Sums wrap at 32 bits on the way; that the layer's own fit is known.
     """
     bias = layer.bias.copy()
-    shifts = np.array([source.shift for source in layer.sources], np.int64)
-    block, place = layer.group_sets[:, :2].T
-    sums = layer.weights.sum(axis=(1, 3), dtype=np.int64)
-    np.add.at(bias, block, offset * sums << shifts[place][:, None])
+    if offset:
+        shifts = np.array([source.shift for source in layer.sources], np.int64)
+        block, place = layer.group_sets[:, :2].T
+        sums = layer.weights.sum(axis=(1, 3), dtype=np.int64)
+        np.add.at(bias, block, offset * sums << shifts[place][:, None])
     return bias.astype(np.int32)
 
 
