@@ -1,8 +1,10 @@
-"""The exact engine against ONNX Runtime's int8 and PyTorch's float32, on this processor.
+"""The exact engine against ONNX Runtime's int8, PyTorch and TVM's CPU build, on this processor.
 
 The engine runs programs of several densities; the others run the dense network, as they would for
 a user. ONNX Runtime gets a standard QDQ file whose every convolution runs as QLinearConv: that is
-asserted on the graph that it optimized. All contenders of a cell take turns in one process; a ratio
+asserted on the graph that it optimized. PyTorch computes in float32 and bfloat16, channels last. TVM
+gets ONNX Runtime's file and compiles it for this processor with its default pipeline, without tuned
+kernels; it is timed at batch 1 alone, for it takes seconds for more. All contenders of a cell take turns in one process; a ratio
 is the median over the rounds of ONNX Runtime's time over the engine's in the same round, its range
 beside it. Every time counts from float32 images to float32 results.
 
@@ -155,18 +157,25 @@ def onnxruntime_int8(graph: Graph, threads: int) -> Run:
     return lambda images: session.run(None, {"x0": images})
 
 
-def torch_float32(graph: Graph, threads: int) -> Run:
-    """Give PyTorch on the dense network: float32, channels last."""
+def tvm_cpu(graph: Graph) -> Run:
+    """Give TVM's own build of the dense network for one image: what partitioning leaves out."""
+    from tvm_mars.frontend.relax.api import build_for_cpu
+
+    return build_for_cpu(qdq_model(graph), {"x0": (1, *graph.inputs[0].shape)})
+
+
+def torch_dense(graph: Graph, threads: int, dtype_name: str) -> Run:
+    """Give PyTorch on the dense network: float32 or bfloat16, channels last."""
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(threads)
+    dtype = getattr(torch, dtype_name)
     weights = {
         (layer.name, i): (
-            torch.tensor(np.asarray(term.weight) * WEIGHT, dtype=torch.float32).to(
+            torch.tensor(np.asarray(term.weight) * WEIGHT, dtype=dtype).to(
                 memory_format=torch.channels_last
             ),
-            torch.tensor(layer.bias * WEIGHT * ACTIVATION, dtype=torch.float32),
+            torch.tensor(layer.bias * WEIGHT * ACTIVATION, dtype=dtype),
         )
         for layer in graph.layers
         if isinstance(layer, Conv)
@@ -175,7 +184,8 @@ def torch_float32(graph: Graph, threads: int) -> Run:
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> Any:
-        values = {"x0": torch.from_numpy(images).to(memory_format=torch.channels_last)}
+        torch.set_num_threads(threads)
+        values = {"x0": torch.from_numpy(images).to(dtype, memory_format=torch.channels_last)}
         for layer in graph.layers:
             if isinstance(layer, Conv):
                 total: Any = values[layer.residual.input] if layer.residual else 0
@@ -197,7 +207,7 @@ def torch_float32(graph: Graph, threads: int) -> Run:
                 )
             else:
                 values[layer.name] = values[layer.inputs[0]].mean((2, 3), keepdim=True)
-        return values[graph.layers[-1].name].numpy()
+        return values[graph.layers[-1].name].float().numpy()
 
     return run
 
@@ -224,9 +234,10 @@ class Cell:
         ]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
-    def rate(self, contender: str, images: int) -> float:
+    def rate(self, contender: str, images: int) -> str:
         """Give images per second, of the median round."""
-        return images / statistics.median(self.seconds[contender])
+        rate = images / statistics.median(self.seconds[contender])
+        return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def measure(
@@ -271,7 +282,8 @@ def compare(arguments: argparse.Namespace) -> None:
             os.environ["MARS_NUM_THREADS"] = str(threads)
             contenders = {"ort int8": onnxruntime_int8(dense, threads)}
             if importlib.util.find_spec("torch"):
-                contenders["torch fp32"] = torch_float32(dense, threads)
+                contenders["torch fp32"] = torch_dense(dense, threads, "float32")
+                contenders["torch bf16"] = torch_dense(dense, threads, "bfloat16")
             contenders |= made
             print(f"\n### {name}, {threads} thread{'s' * (threads > 1)}\n")
             print(
@@ -284,10 +296,13 @@ def compare(arguments: argparse.Namespace) -> None:
             for batch in arguments.batches:
                 rng = np.random.default_rng(batch)
                 images = rng.random((batch, *dense.inputs[0].shape), dtype=np.float32)
-                cells.append((batch, measure(contenders, images, arguments.rounds, clock)))
-            for contender in contenders:
+                here = contenders | ({"tvm cpu": tvm_cpu(dense)} if batch == 1 else {})
+                cells.append((batch, measure(here, images, arguments.rounds, clock)))
+            for contender in dict.fromkeys(name for _, cell in cells for name in cell.seconds):
                 columns = [
-                    f"{cell.rate(contender, batch):,.0f} | {cell.ratio(contender, 'ort int8')}"
+                    f"{cell.rate(contender, batch)} | {cell.ratio(contender, 'ort int8')}"
+                    if contender in cell.seconds
+                    else " | "
                     for batch, cell in cells
                 ]
                 print(f"| {contender} | {' | '.join(columns)} |", flush=True)
@@ -375,8 +390,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="count processor time")
     arguments = parser.parse_args()
-    versions = ["numpy", "llvmlite", "onnxruntime", "torch"]
-    found = [name for name in versions if importlib.util.find_spec(name)]
+    versions = ["numpy", "llvmlite", "onnxruntime", "torch", "apache-tvm"]
+    found = [name for name in versions if name != "torch" or importlib.util.find_spec(name)]
     print(
         f"{_processor()}, kernels {native.variants()[0]}; Python {platform.python_version()}, "
         + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
