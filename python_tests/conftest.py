@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="first seed of the random networks (default 0, so that runs repeat)",
     )
+    group.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="how often each search of the tests is killed at random moments (default 3)",
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -50,6 +56,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MARS_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often a search is killed."""
+    return int(request.config.getoption("--kills"))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Records of measured schedules: two append-only JSON-lines files that survive a crash.
 
 ``database_workload.json`` holds a line for each workload (a graph's structure and which of its
-group-sets are zero), ``database_tuning_record.json`` one for each trial. Lines are written whole,
-flushed and synced; a last line that a crash has torn is dropped when the database is opened.
+group-sets are zero), ``database_tuning_record.json`` one for each trial, written and synced as soon
+as it is measured. A last line that a crash has torn is not read, and the next one replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
 import cattrs
@@ -154,14 +154,13 @@ class Database:
         """Note a workload, once."""
         if key in self.workloads:
             return
-        _append(self.directory / WORKLOADS, [{"workload": key, "name": name}])
+        _append(self.directory / WORKLOADS, {"workload": key, "name": name})
         self.workloads[key] = name
 
-    def add(self, records: list[Record]) -> None:
-        """Append records."""
-        if records:
-            _append(self.directory / RECORDS, [_converter().unstructure(one) for one in records])
-            self.records += records
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        _append(self.directory / RECORDS, _converter().unstructure(record))
+        self.records.append(record)
 
     def of(self, workload: str, arch: str) -> list[Record]:
         """Give the records of a workload on a machine, in the order of their writing."""
@@ -209,15 +208,12 @@ def _converter() -> Any:
 
 
 def _lines(path: Path) -> list[Any]:
-    """Read a file's lines; a torn last one is cut off, so that the next is not glued to it."""
+    """Read a file's whole lines; a last one without its end is torn, or being written."""
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -227,14 +223,21 @@ def _lines(path: Path) -> list[Any]:
     return found
 
 
-def _append(path: Path, values: list[Any]) -> None:
-    """Append lines and sync them.
-
-    All of them in one write: a crash leaves whole lines, and perhaps a torn one behind them.
-    """
+def _append(path: Path, value: Any) -> None:
+    """Append a line in one write and sync it; a torn line before it is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{json.dumps(value, sort_keys=True)}\n" for value in values)
-    with path.open("ab") as file:
-        file.write(text.encode())
+    line = f"{json.dumps(value, sort_keys=True)}\n".encode()
+    with path.open("a+b") as file:
+        _cut_torn_line(file)
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,25 +1,39 @@
 """Who measures points: this process, or several worker processes beside it.
 
-Points are measured by the timed machine without data. Results come back in the order of the points,
-so that a search does not depend on how many workers there are.
+Points are measured by the timed machine without data. Results come back one by one, in the order of
+the points, so that a search does not depend on how many workers there are.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-from collections.abc import Sequence
+import multiprocessing.connection
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol
 
 import attrs
 
 from mars_runtime.energy import energy_of
+from mars_runtime.errors import MarsError
 from mars_runtime.timeline import Counters, Timeline
 
 from ..schedule import Point, ScheduleError
 from .space import Space
 
-__all__ = ["InProcess", "Measured", "Runner", "WorkerPool", "measure"]
+__all__ = ["AHEAD", "InProcess", "Measured", "Runner", "RunnerError", "WorkerPool", "measure"]
+
+#: Points for each worker that are measured while an earlier one is not done: as much as a search
+#: that is killed may have measured in vain.
+AHEAD = 2
+
+
+class RunnerError(MarsError, RuntimeError):
+    """Points could not be measured."""
 
 
 @attrs.frozen
@@ -33,8 +47,14 @@ class Measured:
 class Runner(Protocol):
     """Measures points."""
 
-    def measure(self, points: Sequence[Point]) -> list[Measured | None]:
-        """Give what each point costs; None for what the space refuses."""
+    def measure(self, points: Sequence[Point]) -> Iterator[Measured | None]:
+        """Yield what each point costs as soon as it is known; None for what the space refuses.
+
+        Raises
+        ------
+        RunnerError
+            If workers cannot do it.
+        """
 
     def close(self) -> None:
         """End the workers."""
@@ -62,9 +82,9 @@ class InProcess:
     def __init__(self, space: Space) -> None:
         self.space = space
 
-    def measure(self, points: Sequence[Point]) -> list[Measured | None]:
-        """Give what each point costs."""
-        return [measure(self.space, point) for point in points]
+    def measure(self, points: Sequence[Point]) -> Iterator[Measured | None]:
+        """Yield what each point costs."""
+        return (measure(self.space, point) for point in points)
 
     def close(self) -> None:
         """Do nothing."""
@@ -74,28 +94,57 @@ class WorkerPool:
     """Measures in worker processes, each of which holds the space."""
 
     def __init__(self, space: Space, workers: int) -> None:
+        self.ahead = AHEAD * workers
         # Forked workers would inherit the threads' locks of TVM and XGBoost.
         self.pool = concurrent.futures.ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_set_space,
+            initializer=_begin,
             initargs=(space,),
         )
 
-    def measure(self, points: Sequence[Point]) -> list[Measured | None]:
-        """Give what each point costs."""
-        return list(self.pool.map(_measure_here, points, chunksize=4))
+    def measure(self, points: Sequence[Point]) -> Iterator[Measured | None]:
+        """Yield what each point costs.
+
+        Raises
+        ------
+        RunnerError
+            If a worker process is lost.
+        """
+        waiting: deque[concurrent.futures.Future[Measured | None]] = deque()
+        try:
+            for point in points:
+                waiting.append(self.pool.submit(_measure_here, point))
+                if len(waiting) == self.ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise RunnerError(
+                "a worker process was lost",
+                where="runner local",
+                hint="was it killed, or memory short? --resume goes on from what was measured",
+            ) from None
 
     def close(self) -> None:
         """End the workers."""
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
 
 
 _spaces: list[Space] = []  # a worker's own
 
 
-def _set_space(space: Space) -> None:
+def _begin(space: Space) -> None:
     _spaces[:] = [space]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process where the one that searches is killed and can tell its workers nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _measure_here(point: Point) -> Measured | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 
@@ -144,10 +144,8 @@ def search(
             points = [point for point in proposed if point not in first]
             if not records:
                 points += first
-            found = _measure(runner, points, known)
             costs: list[float | None] = []
-            new = []
-            for point, measured in zip(points, found, strict=True):
+            for point, measured in zip(points, _measured(runner, points, known), strict=True):
                 if measured is None or len(records) == options.trials:
                     costs.append(None)
                     continue
@@ -162,14 +160,13 @@ def search(
                 )
                 records.append(record)
                 if point not in known:
-                    new.append(record)
+                    database.add(record)
                 cost = record.cost(options.objective)
                 costs.append(cost)
                 since += 1
                 if best is None or cost < best.cost(options.objective):
                     best, since = record, 0
                 on_trial(record, best)
-            database.add(new)
             strategy.observe(points, costs)
             if options.patience is not None and since >= options.patience:
                 break
@@ -179,16 +176,17 @@ def search(
     return best
 
 
-def _measure(
+def _measured(
     runner: Runner, points: list[Point], known: Mapping[Point, Record]
-) -> list[Measured | None]:
-    """Measure what is not known."""
-    fresh = [point for point in points if point not in known]
-    found = dict(zip(fresh, runner.measure(fresh), strict=True))
-    return [
-        Measured(known[point].cycles, known[point].energy_pj) if point in known else found[point]
-        for point in points
-    ]
+) -> Iterator[Measured | None]:
+    """Yield what each point costs, measuring what is not known."""
+    measured = runner.measure([point for point in points if point not in known])
+    for point in points:
+        earlier = known.get(point)
+        if earlier is None:
+            yield next(measured)
+        else:
+            yield Measured(earlier.cycles, earlier.energy_pj)
 
 
 def _runner(space: Space, options: SearchOptions) -> Runner:
