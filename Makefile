@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRAIN  := $(VENV)/.train
+RAY    := $(VENV)/.ray
 
 # TVM with Relay exists for CPython 3.10 alone.
 RELAY_VENV  ?= .venv-relay
@@ -12,7 +13,7 @@ RELAY_READY := $(RELAY_VENV)/.ready
 PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
-.PHONY: help demo test test-train lint docs site bench bench-train relay test-relay has-python310 clean
+.PHONY: help demo test test-train test-ray lint docs site bench bench-train relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -47,6 +48,13 @@ test-train: $(TRAIN)  ## Run the tests of training, with PyTorch installed besid
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
 	  python_tests/test_port_brevitas.py python_tests/test_relax_torch.py python_tests/test_readme.py \
 	  python_tests/test_tutorials.py
+
+$(RAY): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	@touch $@
+
+test-ray: $(RAY)  ## Run the tests of tuning on a cluster, with Ray installed beside (240 MB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests/test_ray.py
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from mars_runtime import PRESETS, simulate
-from mars_runtime.errors import OptionError
+from mars_runtime.errors import CapacityError, OptionError
 from python_tests.random_graphs import random_graph
 from python_tests.small_networks import every_kind_of_layer, tiny_conv
 from tvm_mars.compiler import NamedGraph, build_region, pack
@@ -341,6 +342,27 @@ def test_a_killed_search_leaves_no_workers(tmp_path):
         assert len(workers) == 2
         process.stdout.read()  # which ends when no worker holds it any more
     assert len(Database(tmp_path / "tuned").records) == 11
+
+
+def test_an_error_in_a_worker_process_arrives():
+    error = CapacityError("too much", op="conv3", need=3, have=2, hint="less")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), str(arrived)) == (CapacityError, str(error))
+    assert (arrived.where, arrived.need, arrived.have) == ("conv3", 3, 2)
+
+
+def test_without_ray_the_remedy_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunnerError, match=r"Ray is not installed \(pip install 'tvm-mars\[ray\]'"):
+        tune(tiny_conv(), work_dir=tmp_path, max_trials_global=4, runner="ray")
+
+
+@pytest.mark.parametrize(
+    "given", [{"ray_address": "auto"}, {"runner": "ray", "trial_timeout": 0.0}, {"runner": "cloud"}]
+)
+def test_options_of_the_runner_without_meaning_are_refused(given, tmp_path):
+    with pytest.raises(OptionError, match=f"option {list(given)[-1]}"):
+        tune(tiny_conv(), work_dir=tmp_path, max_trials_global=4, **given)
 
 
 def test_a_lost_worker_process_is_said(tmp_path):

@@ -258,6 +258,10 @@ def test_a_search_is_resumed_and_follows_another(network: Any) -> None:
         ("--strategy annealing --objective edp", {"strategy": "annealing", "objective": "edp"}),
         ("--early-stopping 7 --parallel 3 --seed 9", {"patience": 7, "num_workers": 3, "seed": 9}),
         ("--trials 33 --resume", {"max_trials_global": 33, "resume": True}),
+        (
+            "--runner ray --ray-address auto --trial-timeout 5",
+            {"runner": "ray", "ray_address": "auto", "trial_timeout": 5.0},
+        ),
     ],
 )
 def test_options_of_the_search(

@@ -36,6 +36,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "brevitas": (("brevitas",), "its networks as a source", "brevitas"),
     "tensorboard": (("tensorboard",), "curves of mars train", "tensorboard"),
     "matplotlib": (("matplotlib",), "mars reproduce --plots", "plots"),
+    "ray": (("ray",), "mars tune --runner ray", "ray"),
 }
 
 #: Where files are kept that are made again when they are missing, by what they are; None is off.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 __all__ = [
     "ArchError",
     "CapacityError",
@@ -36,6 +39,10 @@ class MarsError(Exception):
         self.where = where
         self.hint = hint
         super().__init__(problem, where, hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # So that one raised in a worker process arrives: Exception would call __init__ with args.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.problem}" if self.where else self.problem

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..tuner.search import COST_MODELS, OBJECTIVES
+from ..tuner.search import COST_MODELS, OBJECTIVES, RUNNERS
 from ..tuner.strategies import STRATEGIES
 from .base import MarsCommand, arch_options, input_shapes, read_arch, write_text
 
@@ -61,11 +61,32 @@ __all__ = ["tune_command"]
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option(
+    "--runner",
+    type=click.Choice(RUNNERS),
+    default="local",
+    show_default=True,
+    help="Where schedules are measured: on this host, or on a Ray cluster; the result does not "
+    "depend on it.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
     show_default=True,
     help="Processes that measure; the result does not depend on it.",
+)
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT|auto",
+    help="The cluster. [default: $RAY_ADDRESS, or one that is started here]",
+)
+@click.option(
+    "--trial-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="What a worker of the cluster may take for a schedule, which is tried three times more.",
 )
 @click.option(
     "--patience",
@@ -92,7 +113,10 @@ def tune_command(
     strategy: str,
     cost_model: str,
     seed: int,
+    runner: str,
     workers: int,
+    ray_address: str | None,
+    trial_timeout: float,
     patience: int | None,
     tuning_records: str | None,
     resume: bool,
@@ -134,7 +158,10 @@ def tune_command(
             cost_model=cost_model,
             arch=machine,
             objective=objective,
+            runner=runner,
             num_workers=workers,
+            ray_address=ray_address,
+            trial_timeout=trial_timeout,
             resume=resume,
             seed=seed,
             strategy=strategy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ..graph import Graph
 from ..options import CompileOptions
 from ..schedule import Point
 from .database import Database, Record, workload_key
+from .ray_runner import RayOptions, connected
 from .search import SearchOptions, search
 from .space import Space
 
@@ -53,6 +55,8 @@ def tune(
     objective: str = "cycles",
     runner: str = "local",
     num_workers: int | None = None,
+    ray_address: str | None = None,
+    trial_timeout: float = 60.0,
     resume: bool = False,
     seed: int | None = None,
     strategy: str = "evolution",
@@ -87,10 +91,18 @@ def tune(
         The machine; that of a partitioned module.
     objective : "cycles", "energy" or "edp"
         What is to be small.
-    runner : "local"
-        Where schedules are measured: on this host.
+    runner : "local" or "ray"
+        Where schedules are measured: on this host, or on a Ray cluster, where what a lost worker
+        was measuring is measured again. The result does not depend on it.
     num_workers : int, optional
-        Processes that measure; in this one if not given. The result does not depend on it.
+        Processes that measure; one if not given, with the runner ``local`` this one. The result
+        does not depend on it.
+    ray_address : str, optional
+        The cluster: ``HOST:PORT``, or ``auto`` for one of this host. Where this process is
+        connected to one already, it is that. If not given, the one of ``RAY_ADDRESS``, else one
+        that is started here, with a core for each worker, and ended when all is measured.
+    trial_timeout : float
+        Seconds that a worker of a cluster may take for a schedule; it is tried three times more.
     resume : bool
         Whether to take up records of an earlier search with the same options.
     seed : int, optional
@@ -111,6 +123,9 @@ def tune(
         If an option has no meaning.
     UnsupportedError
         If nothing of the model is on MARS.
+    RunnerError
+        If a worker process is lost; if Ray is not installed, its cluster cannot be reached or
+        starts no worker, or a schedule was tried as often as allowed.
     DatabaseError
         If the records of ``work_dir`` cannot be read.
     """
@@ -118,6 +133,9 @@ def tune(
         raise OptionError(f"{database!r} is not json", where="option database")
     if max_trials_global < 1:
         raise OptionError(f"{max_trials_global} is not above 0", where="option max_trials_global")
+    if ray_address is not None and runner != "ray":
+        raise OptionError("is for the runner ray", where="option ray_address")
+    ray = RayOptions(address=ray_address, timeout=trial_timeout)
     machine = CompileOptions.from_mapping({"arch": arch}).arch
     spaces = [Space.of(graph, machine) for graph in regions_of(mod, machine, shape)]
     # Regions that are alike need one search.
@@ -139,19 +157,23 @@ def tune(
         seed=seed or 0,
         runner=runner,
         workers=num_workers or 1,
+        ray=ray,
         patience=patience,
     )
     records = Database(work_dir, objective)
-    for number, space in enumerate(spaces):
+    with contextlib.ExitStack() as stack:
+        if runner == "ray":  # one connection for all regions
+            stack.enter_context(connected(ray.address, options.workers))
+        for number, space in enumerate(spaces):
 
-        def report(record: Record, best: Record, number: int = number) -> None:
-            on_trial(Trial(number, len(spaces), record.trial + 1, trials, record, best))
+            def report(record: Record, best: Record, number: int = number) -> None:
+                on_trial(Trial(number, len(spaces), record.trial + 1, trials, record, best))
 
-        first: tuple[Point, ...] = ()
-        if earlier is not None:
-            first = earlier.best_points(workload_key(space.graph, space.packed), EARLIER)
-        asked = attrs.evolve(options, first=first)
-        search(space, records, asked, resume=resume, on_trial=report)
+            first: tuple[Point, ...] = ()
+            if earlier is not None:
+                first = earlier.best_points(workload_key(space.graph, space.packed), EARLIER)
+            asked = attrs.evolve(options, first=first)
+            search(space, records, asked, resume=resume, on_trial=report)
     return records
 
 

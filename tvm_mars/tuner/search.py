@@ -13,19 +13,21 @@ from mars_runtime.errors import OptionError
 
 from ..schedule import Point
 from .database import Database, Record, arch_key, workload_key
+from .ray_runner import RayOptions, RayPool
 from .runners import InProcess, Measured, Runner, WorkerPool
 from .space import Space
 from .strategies import STRATEGIES, make_strategy
 
-__all__ = ["COST_MODELS", "OBJECTIVES", "SearchOptions", "search"]
+__all__ = ["COST_MODELS", "OBJECTIVES", "RUNNERS", "SearchOptions", "search"]
 
 OBJECTIVES = ("cycles", "energy", "edp")
 COST_MODELS = ("xgb", "none")
+RUNNERS = ("local", "ray")
 _CHOICES = {
     "objective": OBJECTIVES,
     "strategy": STRATEGIES,
     "cost_model": COST_MODELS,
-    "runner": ("local",),
+    "runner": RUNNERS,
 }
 
 
@@ -44,6 +46,9 @@ class SearchOptions:
     cost_model : "xgb" or "none"
         Of the evolutionary search.
     seed : int
+    runner : "local" or "ray"
+        Where schedules are measured: on this host, or on a Ray cluster, as ``ray`` says. The result
+        does not depend on it.
     workers : int
         Processes that measure; the result does not depend on it.
     patience : int, optional
@@ -65,6 +70,7 @@ class SearchOptions:
     seed: int = 0
     runner: str = "local"
     workers: int = 1
+    ray: RayOptions = RayOptions()
     patience: int | None = None
     first: tuple[Point, ...] = ()
 
@@ -190,5 +196,7 @@ def _measured(
 
 
 def _runner(space: Space, options: SearchOptions) -> Runner:
+    if options.runner == "ray":
+        return RayPool(space, options.workers, options.ray)
     workers = min(options.workers, 4 * (os.cpu_count() or 1))
     return InProcess(space) if workers == 1 else WorkerPool(space, workers)

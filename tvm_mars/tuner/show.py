@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-import attrs
 from rich.console import RenderableType
 
 from ..report.layout import new_table, print_parts
-from ..schedule import Choice
+from .changes import changes
 from .database import Database, Record
 
 __all__ = ["database_data", "print_database"]
@@ -97,13 +96,6 @@ def _convergence(records: Sequence[Record], objective: str) -> Iterator[str]:
 
 def _changes(first: Record, best: Record) -> RenderableType:
     table = new_table("what the best decides otherwise than the default", "decisions")
-    for number, (old, new) in enumerate(zip(first.point.steps, best.point.steps, strict=True)):
-        table.add_row(f"step {number}: {', '.join(_differences(old, new)) or 'nothing'}")
+    for number, changed in enumerate(changes(first.point, best.point)):
+        table.add_row(f"step {number}: {changed or 'nothing'}")
     return table
-
-
-def _differences(old: Choice, new: Choice) -> Iterator[str]:
-    for field in attrs.fields(Choice):
-        was, now = getattr(old, field.name), getattr(new, field.name)
-        if was != now:
-            yield f"{field.name} {now} (was {was})"

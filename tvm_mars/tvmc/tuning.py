@@ -15,7 +15,7 @@ from ..frontend.relay.partition import options_of
 from ..tuner.api import tune
 from ..tuner.database import Database
 from ..tuner.progress import Progress
-from ..tuner.search import COST_MODELS, OBJECTIVES
+from ..tuner.search import COST_MODELS, OBJECTIVES, RUNNERS
 from ..tuner.show import print_database
 from ..tuner.strategies import STRATEGIES
 from .arguments import add_target_options, names_mars, not_without_mars, target_as_asked
@@ -31,7 +31,16 @@ _TUNERS: Mapping[str, Mapping[str, str]] = {
     "random": {"strategy": "random"},
 }
 # Options of the search that tvmc has no name for.
-_OF_THE_SEARCH = ("objective", "strategy", "cost_model", "seed", "resume")
+_OF_THE_SEARCH = (
+    "objective",
+    "strategy",
+    "cost_model",
+    "seed",
+    "runner",
+    "ray_address",
+    "trial_timeout",
+    "resume",
+)
 # Options that are about kernels on a device, which has to be reached and whose clock is not exact.
 _OF_KERNELS = (
     "enable_autoscheduler",
@@ -73,6 +82,20 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, help="Of everything random. Defaults to 0.")
     group.add_argument(
+        "--runner",
+        choices=RUNNERS,
+        help="Where schedules are measured: on this host or a Ray cluster. Defaults to 'local'.",
+    )
+    group.add_argument(
+        "--ray-address",
+        help="The cluster, HOST:PORT or auto. Defaults to $RAY_ADDRESS, or one started here.",
+    )
+    group.add_argument(
+        "--trial-timeout",
+        type=float,
+        help="Seconds that a worker of the cluster may take for a schedule. Defaults to 60.",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
         default=None,
@@ -89,7 +112,8 @@ def drive_tune(arguments: argparse.Namespace, original: Callable[[argparse.Names
     TVMCException
         If the model is not there, the target or an option is not good, or the user interrupts.
     MarsError
-        If nothing of the model is on MARS, records cannot be read, or XGBoost is missing.
+        If nothing of the model is on MARS, records cannot be read, XGBoost or Ray is missing,
+        or workers are lost.
     """
     given = {name: getattr(arguments, name) for name in _OF_THE_SEARCH}
     given = {name: value for name, value in given.items() if value is not None}
