@@ -7,20 +7,23 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import attrs
 import numpy as np
 import pytest
 
 from mars_runtime import PRESETS, simulate
-from mars_runtime.errors import CapacityError, OptionError
+from mars_runtime.errors import CapacityError, MarsError, OptionError
 from python_tests.random_graphs import random_graph
 from python_tests.small_networks import every_kind_of_layer, tiny_conv
+from tvm_mars.cli import main
 from tvm_mars.compiler import NamedGraph, build_region, pack
 from tvm_mars.schedule import plan
 from tvm_mars.tuner import api, boosting
@@ -34,6 +37,8 @@ from tvm_mars.tuner.database import (
     workload_key,
 )
 from tvm_mars.tuner.model import RankModel, features
+from tvm_mars.tuner.outcome import outcomes
+from tvm_mars.tuner.picture import FORMATS, draw, specification
 from tvm_mars.tuner.runners import RunnerError
 from tvm_mars.tuner.search import COST_MODELS, SearchOptions, search
 from tvm_mars.tuner.space import Space
@@ -378,6 +383,92 @@ def test_a_lost_worker_process_is_said(tmp_path):
     assert len(found(tmp_path)) == 60
 
 
+# -- what was found --------------------------------------------------------------------------------
+
+
+def two_searches(directory: Path) -> tuple[Space, Database]:
+    space = small_space()
+    for seed in (0, 1):
+        options = SearchOptions(trials=24, batch=8, seed=seed)
+        search(space, Database(directory), options, name="<net>")
+    return space, Database(directory)
+
+
+def test_outcomes_are_the_schedules_of_the_machine(tmp_path):
+    space, database = two_searches(tmp_path)
+    (outcome,) = outcomes(database)
+    assert outcome.network == "<net>" and outcome.records == 48 and len(outcome.runs) == 2
+    for record, field in ((outcome.default, "default_cycles"), (outcome.best, "best_cycles")):
+        timeline = space.time(record.point)
+        assert [getattr(step, field) for step in outcome.steps] == [
+            layer.cycles for layer in timeline.layers
+        ]
+        assert sum(record.step_cycles) == record.cycles == timeline.cycles
+    assert [step.name for step in outcome.steps] == [
+        f"{step.layer.name}+{step.pool.name}" if step.pool else step.layer.name
+        for step in space.steps(space.default)
+    ]
+    again = [
+        attrs.evolve(choice, **{name: now for name, (_, now) in step.changes.items()})
+        for choice, step in zip(space.default.steps, outcome.steps, strict=True)
+    ]
+    assert tuple(again) == outcome.best.point.steps != space.default.steps
+    first, second = (run.best_costs for run in outcome.runs)
+    assert len(first) == len(second) == 24
+    assert min(first[-1], second[-1]) == outcome.best.cycles
+    assert sorted(first, reverse=True) == list(first) and first[0] == outcome.default.cycles
+
+
+def test_a_picture_shows_searches_layers_and_decisions(tmp_path, capsys):
+    pytest.importorskip("vl_convert")
+    _, database = two_searches(tmp_path / "tuned")
+    (outcome,) = outcomes(database)
+    for kind in FORMATS:
+        path = tmp_path / f"tuned.{kind}"
+        assert main(["tune", "-D", str(tmp_path / "tuned"), "--show", "-o", str(path)]) == 0
+        assert f"wrote {path}" in capsys.readouterr().err
+    assert (tmp_path / "tuned.png").read_bytes().startswith(b"\x89PNG")
+    texts = [
+        "".join(element.itertext())
+        for element in ElementTree.parse(tmp_path / "tuned.svg").iter()
+        if element.tag.endswith("}text")
+    ]
+    assert f"default {outcome.default.cycles:,} core cycles" in " ".join(texts)
+    assert "<net>" in texts and "default" in texts and "best" in texts
+    for step in outcome.steps:
+        assert step.name in texts
+        assert set(step.changes) <= set(texts)
+    for number, run in enumerate(outcome.runs, 1):
+        assert f"{number}: {run.name}" in texts
+    page = (tmp_path / "tuned.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script[^>]+src=|<link", page)
+    (drawn,) = specification([outcome])["vconcat"]
+    bars = drawn["vconcat"][1]["hconcat"][0]["data"]["values"]
+    assert sum(bar["cycles"] for bar in bars if bar["schedule"] == "best") == outcome.best.cycles
+
+
+def test_a_picture_of_what_is_no_better_has_no_decisions(tmp_path):
+    search(small_space(), Database(tmp_path), SearchOptions(trials=1))
+    (drawn,) = specification(list(outcomes(Database(tmp_path))))["vconcat"]
+    assert len(drawn["vconcat"][1]["hconcat"]) == 1
+
+
+def test_pictures_that_cannot_be_drawn_are_refused(tmp_path, capsys, monkeypatch):
+    search(small_space(), Database(tmp_path / "tuned"), SearchOptions(trials=1))
+    asked = ["tune", "-D", str(tmp_path / "tuned"), "--show", "-o"]
+    assert main([*asked, "tuned.pdf"]) == 2
+    assert "does not end in .html, .png, .svg" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert main([*asked, str(tmp_path / "tuned.svg")]) == 1
+    assert "pip install 'tvm-mars[report]'" in capsys.readouterr().err
+    with pytest.raises(MarsError, match="vl_convert"):
+        draw(Database(tmp_path / "tuned"), "svg")
+    with pytest.raises(OptionError, match="pdf"):
+        draw(Database(tmp_path / "tuned"), "pdf")
+    assert not (tmp_path / "tuned.svg").exists()
+
+
 # -- compilations ----------------------------------------------------------------------------------
 
 
@@ -422,7 +513,6 @@ def test_command_line(tmp_path, capsys, caplog):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("tvm")
     from mars_runtime import Program
-    from tvm_mars.cli import main
     from tvm_mars.onnx_export import to_onnx
     from tvm_mars.zoo import load_digits
 

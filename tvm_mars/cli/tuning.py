@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..tuner.search import COST_MODELS, OBJECTIVES, RUNNERS
 from ..tuner.strategies import STRATEGIES
-from .base import MarsCommand, arch_options, input_shapes, read_arch, write_text
+from .base import (
+    CommandError,
+    MarsCommand,
+    arch_options,
+    input_shapes,
+    read_arch,
+    write_file,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from ..tuner.database import Database
 
 __all__ = ["tune_command"]
+
+
+def _picture(
+    _ctx: click.Context, _parameter: click.Parameter, given: str | None
+) -> tuple[str, str] | None:
+    """Read a picture's file as its path and its kind."""
+    if given is None:
+        return None
+    from ..tuner.picture import FORMATS
+
+    kind = Path(given).suffix[1:].lower()
+    if kind not in FORMATS:
+        raise click.BadParameter(f"{given!r} does not end in .{', .'.join(FORMATS)}")
+    if importlib.util.find_spec("vl_convert") is None:
+        raise CommandError("a picture needs vl_convert: pip install 'tvm-mars[report]'")
+    return given, kind
 
 
 @click.command("tune", cls=MarsCommand)
@@ -102,6 +128,13 @@ __all__ = ["tune_command"]
 @click.option("--resume", is_flag=True, help="Take up a search with the same options.")
 @click.option("--show", is_flag=True, help="Only print what the database holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print that as JSON instead.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.html|.svg|.png",
+    callback=_picture,
+    help="Also draw it: convergence, cycles by layer and decisions beside the default's.",
+)
 def tune_command(
     model: str | None,
     work_dir: str,
@@ -122,6 +155,7 @@ def tune_command(
     resume: bool,
     show: bool,
     as_json: bool,
+    output: tuple[str, str] | None,
 ) -> None:
     """Search for faster schedules of a quantized ONNX model.
 
@@ -132,13 +166,13 @@ def tune_command(
     \b
     Examples:
       mars tune net.onnx -D tuned --trials 512 --workers 2
-      mars tune -D tuned --show
+      mars tune -D tuned --show -o tuned.html
       mars compile net.onnx --program net.mars --tuned tuned
     """
     from ..tuner.database import Database
 
     if show:
-        _print(Database.existing(work_dir, objective), as_json)
+        _print(Database.existing(work_dir, objective), as_json, output)
         return
     if model is None:
         raise click.UsageError("nothing to tune: give MODEL.onnx, or --show")
@@ -169,13 +203,19 @@ def tune_command(
             earlier=earlier,
             on_trial=progress.report,
         )
-    _print(database, as_json)
+    _print(database, as_json, output)
 
 
-def _print(database: Database, as_json: bool) -> None:
+def _print(database: Database, as_json: bool, output: tuple[str, str] | None) -> None:
     from ..tuner.show import database_data, print_database
 
     if as_json:
         write_text(json.dumps(database_data(database), indent=2), None)
     else:
         print_database(database, sys.stdout)
+    if output is not None:
+        from ..tuner.picture import draw
+
+        path, kind = output
+        write_file(path, draw(database, kind))
+        click.echo(f"wrote {path}", err=True)

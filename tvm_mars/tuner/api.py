@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -160,6 +161,7 @@ def tune(
         ray=ray,
         patience=patience,
     )
+    names = _names(mod, len(spaces))
     records = Database(work_dir, objective)
     with contextlib.ExitStack() as stack:
         if runner == "ray":  # one connection for all regions
@@ -173,8 +175,16 @@ def tune(
             if earlier is not None:
                 first = earlier.best_points(workload_key(space.graph, space.packed), EARLIER)
             asked = attrs.evolve(options, first=first)
-            search(space, records, asked, resume=resume, on_trial=report)
+            search(space, records, asked, resume=resume, name=names[number], on_trial=report)
     return records
+
+
+def _names(mod: Any, regions: int) -> list[str]:
+    """Give what a database calls a model's regions, by its file's name."""
+    name = Path(mod).stem if isinstance(mod, (str, os.PathLike)) else ""
+    if not name or regions == 1:
+        return [name] * regions
+    return [f"{name}, region {number}" for number in range(1, regions + 1)]
 
 
 def regions_of(

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import attrs
 
 from ..schedule import Choice, Point
 
-__all__ = ["changes", "decisions"]
+__all__ = ["Changes", "changes", "changes_text", "value_text"]
+
+#: The decisions of a step that differ, with both values.
+Changes = dict[str, tuple[Any, Any]]
 
 
-def decisions(old: Choice, new: Choice) -> Iterator[tuple[str, str]]:
-    """Yield the decisions of a step that differ: their names, and both values as text."""
-    for field in attrs.fields(Choice):
-        was, now = getattr(old, field.name), getattr(new, field.name)
-        if was != now:
-            yield field.name, f"{now} (was {was})"
-
-
-def changes(old: Point, new: Point) -> Iterator[str]:
-    """Yield for each step what differs, empty for nothing: ``most 32 (was 0), join True ...``."""
+def changes(old: Point, new: Point) -> Iterator[Changes]:
+    """Yield for each step the decisions that differ, with both values."""
     for before, after in zip(old.steps, new.steps, strict=True):
-        yield ", ".join(f"{name} {values}" for name, values in decisions(before, after))
+        both = {
+            field.name: (getattr(before, field.name), getattr(after, field.name))
+            for field in attrs.fields(Choice)
+        }
+        yield {name: (was, now) for name, (was, now) in both.items() if was != now}
+
+
+def changes_text(changed: Changes) -> str:
+    """Write a step's as ``most 32 (was 0), join yes (was no)``; nothing for none."""
+    return ", ".join(
+        f"{name} {value_text(now)} (was {value_text(was)})" for name, (was, now) in changed.items()
+    )
+
+
+def value_text(value: Any) -> str:
+    """Write what a decision may be: ``yes``, ``6 x 6``, ``next``, ``32``."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return str(value)

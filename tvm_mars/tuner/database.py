@@ -1,8 +1,9 @@
 """Records of measured schedules: two append-only JSON-lines files that survive a crash.
 
-``database_workload.json`` holds a line for each workload (a graph's structure and which of its
-group-sets are zero), ``database_tuning_record.json`` one for each trial, written and synced as soon
-as it is measured. A last line that a crash has torn is not read, and the next one replaces it.
+``database_workload.json`` holds a line for each workload (a digest of a graph's structure and of
+which group-sets are zero; its name, and its steps'), ``database_tuning_record.json`` one for each
+trial, written and synced as soon as it is measured. A last line that a crash has torn is not read,
+and the next one replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import attrs
 import cattrs
@@ -30,7 +31,7 @@ from ..schedule.applied import apply_schedules
 from ..skeleton import graph_to_json
 from .space import Space
 
-__all__ = ["Database", "DatabaseError", "Record", "arch_key", "workload_key"]
+__all__ = ["Database", "DatabaseError", "Record", "Workload", "arch_key", "workload_key"]
 
 WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
@@ -43,12 +44,21 @@ class DatabaseError(MarsError, ValueError):
     """A database's files do not hold what they should."""
 
 
+@attrs.frozen
+class Workload:
+    """What a workload is called (perhaps nothing), and the names of its steps."""
+
+    name: str
+    steps: tuple[str, ...]
+
+
 @attrs.frozen(kw_only=True)
 class Record:
     """One measured schedule.
 
-    ``run`` names the search that measured it and ``trial`` its place there; ``energy_pj`` rests on
-    the assumptions of the machine's description.
+    ``run`` names the search that measured it and ``trial`` its place there; ``step_cycles`` are the
+    cycles of each step of ``point``; ``energy_pj`` rests on the assumptions of the machine's
+    description.
     """
 
     workload: str
@@ -57,6 +67,7 @@ class Record:
     trial: int
     cycles: int
     energy_pj: float
+    step_cycles: tuple[int, ...]
     point: Point
 
     def cost(self, objective: str) -> float:
@@ -66,6 +77,16 @@ class Record:
             "energy": self.energy_pj,
             "edp": self.cycles * self.energy_pj,
         }[objective]
+
+
+@attrs.frozen
+class _WorkloadLine:
+    workload: str
+    name: str
+    steps: tuple[str, ...]
+
+
+_Value = TypeVar("_Value", _WorkloadLine, Record)
 
 
 def workload_key(graph: Graph, packed: Mapping[str, PackedConv]) -> str:
@@ -106,8 +127,11 @@ class Database:
                 hint=f"records are a directory that holds {' and '.join(FILES)}",
             )
         self.objective = objective
-        self.workloads = dict(self._workloads())
-        self.records = [self._record(line) for line in _lines(self.directory / RECORDS)]
+        self.workloads = {
+            line.workload: Workload(line.name, line.steps)
+            for line in self._values(WORKLOADS, _WorkloadLine)
+        }
+        self.records = list(self._values(RECORDS, Record))
         self._tokens: list[contextvars.Token[Any]] = []
 
     @classmethod
@@ -126,36 +150,30 @@ class Database:
             raise DatabaseError("holds no records", where=str(directory), hint=_WRITTEN_BY)
         return found
 
-    def _workloads(self) -> Iterator[tuple[str, str]]:
-        for line in _lines(self.directory / WORKLOADS):
+    def _values(self, name: str, kind: type[_Value]) -> Iterator[_Value]:
+        for line in _lines(self.directory / name):
             try:
-                yield line["workload"], line["name"]
-            except (KeyError, TypeError):
-                raise DatabaseError("is no workload", where=str(self.directory)) from None
+                yield _converter().structure(line, kind)
+            except (
+                cattrs.BaseValidationError,
+                KeyError,
+                TypeError,
+                ValueError,
+                AttributeError,
+            ) as error:
+                raise DatabaseError(
+                    f"a record does not make sense: {error}",
+                    where=str(self.directory / name),
+                    hint="it is of another version, or was edited: tune into another directory",
+                ) from None
 
-    def _record(self, line: Any) -> Record:
-        try:
-            record: Record = _converter().structure(line, Record)
-        except (
-            cattrs.BaseValidationError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
-            raise DatabaseError(
-                f"a record does not make sense: {error}",
-                where=str(self.directory / RECORDS),
-                hint="it is of another version, or was edited: tune into another directory",
-            ) from None
-        return record
-
-    def add_workload(self, key: str, name: str) -> None:
+    def add_workload(self, key: str, workload: Workload) -> None:
         """Note a workload, once."""
         if key in self.workloads:
             return
-        _append(self.directory / WORKLOADS, {"workload": key, "name": name})
-        self.workloads[key] = name
+        line = _WorkloadLine(key, workload.name, workload.steps)
+        _append(self.directory / WORKLOADS, _converter().unstructure(line))
+        self.workloads[key] = workload
 
     def add(self, record: Record) -> None:
         """Append a record."""

@@ -20,7 +20,7 @@ import attrs
 from mars_runtime.errors import OptionError
 
 from ..schedule import Point
-from .changes import changes
+from .changes import changes, changes_text
 from .runners import AHEAD, Measured, RunnerError, measure
 from .space import Space
 
@@ -292,7 +292,7 @@ class RayPool:
 
     def _check_attempts(self, attempts: int, point: Point, why: str) -> None:
         if attempts > self.options.retries:
-            steps = enumerate(changes(self.default, point))
+            steps = enumerate(map(changes_text, changes(self.default, point)))
             changed = "; ".join(f"step {number}: {text}" for number, text in steps if text)
             raise RunnerError(
                 f"the default schedule{changed and ' but for '}{changed} was tried {attempts} "

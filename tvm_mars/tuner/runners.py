@@ -38,10 +38,11 @@ class RunnerError(MarsError, RuntimeError):
 
 @attrs.frozen
 class Measured:
-    """What a point costs."""
+    """What a point costs; ``step_cycles`` are the cycles of its steps, whose sum ``cycles`` is."""
 
     cycles: int
     energy_pj: float
+    step_cycles: tuple[int, ...]
 
 
 class Runner(Protocol):
@@ -66,7 +67,11 @@ def measure(space: Space, point: Point) -> Measured | None:
         timeline = space.time(point)
     except ScheduleError:
         return None
-    return Measured(timeline.cycles, energy_of(_total(timeline), space.arch).total)
+    return Measured(
+        timeline.cycles,
+        energy_of(_total(timeline), space.arch).total,
+        tuple(layer.cycles for layer in timeline.layers),
+    )
 
 
 def _total(timeline: Timeline) -> Counters:

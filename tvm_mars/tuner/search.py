@@ -12,7 +12,7 @@ import attrs
 from mars_runtime.errors import OptionError
 
 from ..schedule import Point
-from .database import Database, Record, arch_key, workload_key
+from .database import Database, Record, Workload, arch_key, workload_key
 from .ray_runner import RayOptions, RayPool
 from .runners import InProcess, Measured, Runner, WorkerPool
 from .space import Space
@@ -121,7 +121,7 @@ def search(
         Called with every new record and the best so far.
     """
     workload, arch = workload_key(space.graph, space.packed), arch_key(space.arch)
-    database.add_workload(workload, name)
+    database.add_workload(workload, _described(space, name))
     known: dict[Point, Record] = {}
     if resume:
         known = {one.point: one for one in database.of(workload, arch) if one.run == options.run}
@@ -162,6 +162,7 @@ def search(
                     trial=len(records),
                     cycles=measured.cycles,
                     energy_pj=measured.energy_pj,
+                    step_cycles=measured.step_cycles,
                     point=point,
                 )
                 records.append(record)
@@ -182,6 +183,10 @@ def search(
     return best
 
 
+def _described(space: Space, name: str) -> Workload:
+    return Workload(name, tuple(layer.name for layer in space.time(space.default).layers))
+
+
 def _measured(
     runner: Runner, points: list[Point], known: Mapping[Point, Record]
 ) -> Iterator[Measured | None]:
@@ -192,7 +197,7 @@ def _measured(
         if earlier is None:
             yield next(measured)
         else:
-            yield Measured(earlier.cycles, earlier.energy_pj)
+            yield Measured(earlier.cycles, earlier.energy_pj, earlier.step_cycles)
 
 
 def _runner(space: Space, options: SearchOptions) -> Runner:
