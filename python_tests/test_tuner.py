@@ -370,6 +370,33 @@ def test_options_of_the_runner_without_meaning_are_refused(given, tmp_path):
         tune(tiny_conv(), work_dir=tmp_path, max_trials_global=4, **given)
 
 
+UNGUARDED = """
+import sys
+from mars_runtime import PRESETS
+from tvm_mars.tuner.database import Database
+from tvm_mars.tuner.search import SearchOptions, search
+from tvm_mars.tuner.space import Space
+from tvm_mars.zoo import load_digits
+
+space = Space.of(load_digits(), PRESETS["mars"])
+search(space, Database(sys.argv[1]), SearchOptions(trials=20, workers=2))
+"""
+
+
+def test_a_script_that_its_workers_run_again_is_said(tmp_path):
+    script = tmp_path / "search.py"
+    script.write_text(UNGUARDED)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "tuned")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert ended.returncode == 1
+    assert "RunnerError: runner local: a worker process was lost" in ended.stderr
+    assert "outside of if __name__ == '__main__'" in ended.stderr
+
+
 def test_a_lost_worker_process_is_said(tmp_path):
     def kill(record, best):
         if record.trial == 10:

@@ -101,11 +101,13 @@ class WorkerPool:
     def __init__(self, space: Space, workers: int) -> None:
         self.ahead = AHEAD * workers
         # Forked workers would inherit the threads' locks of TVM and XGBoost.
+        context = multiprocessing.get_context("spawn")
+        # Not as an argument: to start a process that dies before it has read a large one hangs.
+        self.spaces: multiprocessing.Queue[Space] = context.Queue()
+        for _ in range(workers):
+            self.spaces.put(space)
         self.pool = concurrent.futures.ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(space,),
+            workers, mp_context=context, initializer=_begin, initargs=(self.spaces,)
         )
 
     def measure(self, points: Sequence[Point]) -> Iterator[Measured | None]:
@@ -128,20 +130,23 @@ class WorkerPool:
             raise RunnerError(
                 "a worker process was lost",
                 where="runner local",
-                hint="was it killed, or memory short? --resume goes on from what was measured",
+                hint="was it killed, or memory short, or does a script that tunes do so outside of "
+                "if __name__ == '__main__'? --resume goes on from what was measured",
             ) from None
 
     def close(self) -> None:
         """End the workers."""
         self.pool.shutdown(cancel_futures=True)
+        self.spaces.cancel_join_thread()
+        self.spaces.close()
 
 
 _spaces: list[Space] = []  # a worker's own
 
 
-def _begin(space: Space) -> None:
-    _spaces[:] = [space]
+def _begin(spaces: multiprocessing.Queue[Space]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _spaces[:] = [spaces.get()]
 
 
 def _end_with_parent() -> None:
