@@ -2,11 +2,13 @@
 
 The engine runs programs of several densities; the others run the dense network, as they would for
 a user. ONNX Runtime gets a standard QDQ file whose every convolution runs as QLinearConv: that is
-asserted on the graph that it optimized. PyTorch computes in float32 and bfloat16, channels last. TVM
-gets ONNX Runtime's file and compiles it for this processor with its default pipeline, without tuned
-kernels; it is timed at batch 1 alone, for it takes seconds for more. All contenders of a cell take turns in one process; a ratio
-is the median over the rounds of ONNX Runtime's time over the engine's in the same round, its range
-beside it. Every time counts from float32 images to float32 results.
+asserted on the graph that it optimized. PyTorch computes in float32 and bfloat16, channels last.
+TVM compiles ONNX Runtime's file for this processor with its default pipeline, without tuned
+kernels; it is timed at batch 1 alone, for more would take it seconds.
+
+All contenders of a cell take turns in one process; a ratio is the median over the rounds of ONNX
+Runtime's time over the engine's in the same round, its range beside it. Every time counts from
+float32 images to float32 results.
 
 Run: ``python benchmarks/engine.py`` (ten minutes), or with ``--cpu-time --threads 1`` on a machine
 that is at work on other things: that counts processor time.
