@@ -579,6 +579,8 @@ def test_compile_run_and_profile(onnx_model: Path, images: Path, tmp_path: Path)
     assert "operators on MARS" in compiled.stdout
     assert "CPU " not in compiled.stdout
     assert "partition" in compiled.stderr
+    for path in (library, program):
+        assert f"wrote {path}: " in compiled.stderr
     loaded = Program.load(program)
     assert loaded.arch == load_arch("mars", {"cores": "2"})
     assert loaded.host_operators == ()

@@ -312,7 +312,7 @@ def test_dead_and_constant_channels() -> None:
     ("calibration", "message"),
     [
         ({}, "input image: missing"),
-        ({"picture": images()}, "no such input"),
+        ({"picture": images()}, r"no such input; there are \['image'\] .*\*\*{'image': images}"),
         ({"image": images()[:0]}, "shape"),
         ({"image": images()[:, :2]}, r"expected \(N, 3, 8, 8\)"),
         ({"image": np.full((2, 3, 8, 8), np.nan, np.float32)}, "finite"),

@@ -92,6 +92,8 @@ def compile_command(
         write_file(program, compiled.program.to_bytes())
     if output:
         compiled.export_library(output)
+    for path in filter(None, (program, output)):
+        click.echo(f"wrote {path}: {compiled.report.summary}", err=True)
     if as_json:
         report = json.loads(compiled.report.to_json())
         write_text(json.dumps({**report, "seconds": dict(compiled.timings)}, indent=2), None)

@@ -21,7 +21,7 @@ _width = click.Choice(["4", "8"])
     "--data",
     required=True,
     metavar="IMAGES.npz",
-    help="Some hundred typical images, an array [N, ...] for each input of the model.",
+    help="Some hundred typical images: an array [N, ...] for each input of the model, by its name.",
 )
 @click.option("-o", "--output", required=True, metavar="OUT.onnx", help="Quantized model to write.")
 @click.option("--weight-bits", type=_width, default="8", show_default=True)
@@ -52,7 +52,8 @@ def quantize_command(model: str, data: str, output: str, **options: Any) -> None
     weights usually need training (`mars train`).
 
     \b
-    Example:
+    Example, of a model with the input x0:
+      python -c "import numpy; numpy.savez('images.npz', x0=images)"
       mars quantize float.onnx --data images.npz -o net.onnx
       mars compile net.onnx -o net.so --dump-offloads -
     """

@@ -13,7 +13,7 @@ __all__ = ["Decision", "OffloadReport"]
 
 _LOG = logging.getLogger("tvm_mars")
 _QUANTIZE = (
-    "quantize the model, for example by onnxruntime.quantization.quantize_static, "
+    "quantize the model by `mars quantize` or onnxruntime.quantization.quantize_static, "
     "or train it quantized by tvm_mars.qat"
 )
 
@@ -62,6 +62,11 @@ class OffloadReport:
         found = {HostReason(decision.op, decision.reason) for decision in self.rejected}
         return tuple(sorted(found, key=attrs.astuple))
 
+    @property
+    def summary(self) -> str:
+        """How many operators are on MARS, of how many."""
+        return f"{len(self.offloaded)} of {len(self.decisions)} operators on MARS"
+
     def log(self) -> None:
         """Log each rejection, and a warning with the remedy if nothing was offloaded."""
         for decision in self.rejected:
@@ -73,9 +78,7 @@ class OffloadReport:
             _LOG.warning("nothing was offloaded to MARS: %s", why)
 
     def __str__(self) -> str:
-        lines = [str(decision) for decision in self.decisions]
-        count = f"{len(self.offloaded)} of {len(self.decisions)} operators"
-        lines.append(f"{count} on MARS, in {self.regions} region(s)")
+        lines = [*map(str, self.decisions), f"{self.summary}, in {self.regions} region(s)"]
         if self.host_operators:
             lines.append(f"on the CPU: {', '.join(self.host_operators)}")
         return "\n".join(lines)

@@ -162,7 +162,11 @@ def _checked(network: FloatNetwork, calibration: Mapping[str, npt.ArrayLike]) ->
     names = [entry.name for entry in network.inputs]
     unknown = sorted(set(calibration) - set(names))
     if unknown:
-        raise InputError(f"no such input; there are {names}", where=f"calibration for {unknown[0]}")
+        raise InputError(
+            f"no such input; there are {names}",
+            where=f"calibration for {unknown[0]}",
+            hint=f"write it by numpy.savez('images.npz', **{{{names[0]!r}: images}})",
+        )
     found: dict[str, Array] = {}
     for entry in network.inputs:
         where = f"calibration for input {entry.name}"
