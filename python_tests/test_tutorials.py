@@ -23,6 +23,7 @@ NEEDS = {
     "05_explore_architectures": ("matplotlib",),
     "06_extend_mars": (),
     "07_relay_and_tvmc": (RELAY, "sklearn"),
+    "08_port_from_brevitas": (RELAX, "brevitas", "sklearn"),
 }
 
 

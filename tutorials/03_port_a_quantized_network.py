@@ -153,4 +153,5 @@ probabilities = mixed.run({"image": images})["probabilities"]
 assert np.allclose(probabilities, 1 / (1 + np.exp(-ours)), atol=1e-6)
 
 # %%
-# Files of Brevitas (``export_onnx_qcdq``) are read in the same way, codes of four bits included.
+# Files of Brevitas are read in the same way, codes of four bits included: see
+# :doc:`08_port_from_brevitas`.
