@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRAIN  := $(VENV)/.train
 RAY    := $(VENV)/.ray
+DOCS   := $(VENV)/.docs
+BROWSER := $(VENV)/.browser
+SPHINX := $(BIN)/python -m sphinx -q -d build/doctrees
 
 # TVM with Relay exists for CPython 3.10 alone.
 RELAY_VENV  ?= .venv-relay
@@ -13,7 +16,8 @@ RELAY_READY := $(RELAY_VENV)/.ready
 PYTHON310   ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
                  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.10*/bin/python3.10))
 
-.PHONY: help demo test test-train test-ray lint docs site bench bench-train relay test-relay has-python310 clean
+.PHONY: help demo test test-train test-ray test-browser has-browser lint docs site linkcheck bench bench-train \
+        relay test-relay has-python310 clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -56,6 +60,16 @@ $(RAY): $(READY)
 test-ray: $(RAY)  ## Run the tests of tuning on a cluster, with Ray installed beside (240 MB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests/test_ray.py
 
+$(BROWSER): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	@touch $@
+
+has-browser: $(BROWSER)
+	@$(BIN)/python -m python_tests.browsers
+
+test-browser: has-browser  ## Run the tests of the report's page in a Chromium or Chrome that is installed
+	$(BIN)/python -m pytest python_tests/test_report_browser.py
+
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,9 +78,22 @@ lint: $(READY)  ## Check style and types
 docs: $(READY)  ## Generate the pages of docs/ that follow from the code
 	$(BIN)/python -m tvm_mars.docs
 
-site: $(TRAIN)  ## Build the site of docs/, the docstrings and the tutorials: build/site/index.html
+$(DOCS): $(TRAIN)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
+	@touch $@
+
+# sphinx-gallery executes a tutorial again if its own text has changed; what it shows changes with
+# any source.
+docs/tutorials/.made: $(shell find tvm_mars runtime tutorials -name '*.py')
+	@rm -rf $(@D) && mkdir -p $(@D) && touch $@
+
+site: $(DOCS) docs/tutorials/.made  ## Build the site: docs/, the docstrings, the tutorials executed: build/site/index.html
+	@rm -rf build/site
+	$(SPHINX) -E -W --keep-going -b html docs build/site
+	$(BIN)/python docs/links.py build/site
+
+linkcheck: $(DOCS)  ## Ask the network for every link that leads out of the site
+	$(SPHINX) -b linkcheck -D plot_gallery=0 docs build/linkcheck
 
 bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning, the exact engine
 	$(BIN)/python benchmarks/vgg16.py

@@ -20,7 +20,7 @@ def print_parts(parts: Iterable[RenderableType], file: IO[str]) -> None:
     with console.capture() as capture:
         for part in parts:
             console.print(part)
-    file.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def new_table(title: str, *columns: str) -> Table:
