@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mars_runtime import PRESETS
+from python_tests import browsers
 from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.report import profile_program
 from tvm_mars.report.page import report_page
@@ -22,7 +21,6 @@ sync_api = pytest.importorskip(
 pytest.importorskip("jinja2")
 pytest.importorskip("vl_convert")
 
-SYSTEM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 LAYERS = 8
 PATIENCE = 300_000  # ms: a busy machine is no failure
@@ -30,11 +28,10 @@ PATIENCE = 300_000  # ms: a busy machine is no failure
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    found = browsers.find()
+    if found is None:
+        pytest.skip(browsers.NONE)
     with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = next(filter(None, map(shutil.which, SYSTEM)), own)
-        if not Path(found).exists():
-            pytest.skip("no Chromium on PATH, nor playwright's own: playwright install chromium")
         started = playwright.chromium.launch(
             executable_path=found, args=["--no-sandbox"], timeout=PATIENCE
         )
