@@ -51,7 +51,7 @@ $(TRAIN): $(READY)
 test-train: $(TRAIN)  ## Run the tests of training, with PyTorch installed beside
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal python_tests/test_qat*.py \
 	  python_tests/test_port_brevitas.py python_tests/test_relax_torch.py python_tests/test_readme.py \
-	  python_tests/test_tutorials.py
+	  python_tests/test_tutorials.py python_tests/test_examples.py
 
 $(RAY): $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"

@@ -98,6 +98,14 @@ def build(
     ------
     CapacityError
         If a layer does not fit the machine.
+
+    Examples
+    --------
+    >>> from mars_runtime import PRESETS
+    >>> from tvm_mars import zoo
+    >>> program = build([NamedGraph.of(zoo.load("digits"))], PRESETS["mars"])
+    >>> [layer.name for layer in program.regions[0].layers]
+    ['conv0', 'conv1', 'conv2', 'conv3', 'conv4+maxpool5', 'conv6', 'avgpool7', 'conv8']
     """
     if inputs is None:
         inputs = graphs[0].inputs if len(graphs) == 1 else ()

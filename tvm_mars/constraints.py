@@ -362,7 +362,13 @@ def requantization_shift(layer: Layer, types: Mapping[str, MapType], arch: MarsA
 
 
 def supported_ops() -> str:
-    """Describe in Markdown what MARS takes, generated from the chains and the limits."""
+    """Describe in Markdown what MARS takes, generated from the chains and the limits.
+
+    Examples
+    --------
+    >>> supported_ops().splitlines()[0]
+    '# What MARS takes'
+    """
     lines = ["# What MARS takes", "", "## Operator chains", ""]
     lines += [f"- `{composite.name}`: {composite.doc}" for composite in COMPOSITES]
     for kind in _ALL:

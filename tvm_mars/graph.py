@@ -545,6 +545,14 @@ def evaluate(graph: Graph, inputs: Mapping[str, npt.ArrayLike]) -> tuple[npt.NDA
     ------
     InputError
         If an array is missing, of another shape or dtype, or holds NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tvm_mars import zoo
+    >>> (logits,) = evaluate(zoo.load("digits"), {"x0": np.zeros((2, 1, 16, 16), np.float32)})
+    >>> logits.shape
+    (2, 10)
     """
     codes = {}
     for entry in graph.inputs:

@@ -55,6 +55,15 @@ def calibrate(
     ------
     OptionError
         If there is no such scaling.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from tvm_mars.qat import Quantization, calibrate, prepare
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+    >>> network = prepare(model, Quantization(activation_bits=4), (3, 8, 8))
+    >>> calibrate(network, torch.rand(64, 3, 8, 8))
     """
     if network.method == "float":
         return

@@ -269,6 +269,16 @@ def prune(network: nn.Module, sparsity: float, **options: Any) -> Pruner:
     ------
     CapacityError
         If the share cannot be reached with what must stay.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tvm_mars.qat import Quantization, calibrate, prepare, prune
+    >>> from tvm_mars.qat.models import plain
+    >>> network = prepare(plain(10), Quantization(activation_bits=4), (3, 32, 32))
+    >>> calibrate(network, torch.rand(16, 3, 32, 32))
+    >>> round(prune(network, 0.75).share(), 2)
+    0.75
     """
     plan = PruningPlan(sparsity, lasso="none", begin=0.0, end=0.0, **options)
     pruner = Pruner(network, plan)

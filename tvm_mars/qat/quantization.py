@@ -96,6 +96,15 @@ def prepare(
     ------
     UnsupportedError
         Naming the first operation that MARS does not take.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from tvm_mars.qat import Quantization, prepare
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+    >>> network = prepare(model, Quantization(weight_bits=8, activation_bits=4), (3, 8, 8))
+    >>> type(network).__name__
+    'MarsNetwork'
     """
     network = trace_network(
         model,
@@ -116,5 +125,17 @@ def convert(network: MarsNetwork) -> IntegerNetwork:
     ------
     UnsupportedError
         If the network is not quantized by eq. 5 to 8.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from tvm_mars.qat import Quantization, calibrate, convert, prepare
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+    >>> network = prepare(model, Quantization(activation_bits=4), (3, 8, 8))
+    >>> images = torch.rand(64, 3, 8, 8)
+    >>> calibrate(network, images)
+    >>> torch.equal(convert(network.eval())(images), network(images))
+    True
     """
     return IntegerNetwork(network)

@@ -164,6 +164,12 @@ def load_recipe(source: str | Path, changes: Mapping[str, str] | None = None) ->
     ------
     OptionError
         If there is none, or it holds an unknown key or a value of the wrong type.
+
+    Examples
+    --------
+    >>> from tvm_mars.qat import load_recipe
+    >>> load_recipe("plain-w8a8", {"training.epochs": "2"}).training.epochs
+    2
     """
     path = Path(source)
     if path.suffix == ".toml":

@@ -102,6 +102,12 @@ def load(name: str) -> Graph:
     ------
     OptionError
         If there is none of that name.
+
+    Examples
+    --------
+    >>> from tvm_mars import zoo
+    >>> print(zoo.load("digits").inputs[0].shape)
+    (1, 16, 16)
     """
     _check(name)
     return graph_from_bytes((FOLDER / f"{name}.npz").read_bytes(), f"zoo network {name}")

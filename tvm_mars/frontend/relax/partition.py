@@ -114,6 +114,16 @@ def partition_for_mars(
     ------
     OptionError
         If an option is unknown or bad, or the module is partitioned already with another.
+
+    Examples
+    --------
+    >>> import tvm_mars
+    >>> from tvm.relax.frontend.onnx import from_onnx
+    >>> from tvm_mars import zoo
+    >>> from tvm_mars.onnx_export import to_onnx
+    >>> mod = tvm_mars.partition_for_mars(from_onnx(to_onnx(zoo.load("digits"))))
+    >>> [name.name_hint for name, func in mod.functions.items() if "Codegen" in func.attrs]
+    ['mars_default_0']
     """
     options = CompileOptions.from_mapping(opts)
     if mod.attrs and REPORT in mod.attrs:
@@ -185,6 +195,18 @@ def offload_report(mod: tvm.IRModule, **opts: Any) -> OffloadReport:
         Partitioned already, or not: then it is partitioned to see.
     **opts
         Fields of :class:`tvm_mars.CompileOptions`.
+
+    Examples
+    --------
+    >>> import tvm_mars
+    >>> from tvm.relax.frontend.onnx import from_onnx
+    >>> from tvm_mars import zoo
+    >>> from tvm_mars.onnx_export import to_onnx
+    >>> report = tvm_mars.offload_report(from_onnx(to_onnx(zoo.load("digits"))), min_macs=10**9)
+    >>> report.summary
+    '0 of 12 operators on MARS'
+    >>> report.rejected[0].reason
+    'its region has 9643264 multiply-accumulates, option min_macs asks for 1000000000'
     """
     mod = partition_for_mars(mod, **opts)
     return OffloadReport.from_json(str(mod.attrs[REPORT]))
