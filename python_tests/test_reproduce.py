@@ -18,11 +18,13 @@ from tvm_mars.compiler import NamedGraph, build_region
 from tvm_mars.graph import Conv
 from tvm_mars.networks import vgg16
 from tvm_mars.paper import Workload
+from tvm_mars.report.pruning_study import read_study
 from tvm_mars.report.reproduce import (
     ARTEFACTS,
     AS_TABLE_IV,
     EVEN,
     NOT_RUN,
+    STATED,
     Artefact,
     reproduce,
     synthetic,
@@ -165,10 +167,44 @@ def test_table_ii_has_the_zoos_networks_and_no_others(found: dict[str, Artefact]
         assert row.cells["sparse"].ours == 100 * record.accuracy
         assert row.cells["dense"].ours == 100 * record.dense_accuracy
     assert len(found["table2"].rows) == len(paper.TABLE_II) == 16
-    for key in ("table2", "table3", "fig12"):
+    for key in ("table2", "table3"):
         for row in found[key].rows:
             missing = all(cell.ours is None for cell in row.cells.values())
             assert missing == (row.source == NOT_RUN)
+
+
+def test_figure_12_is_what_the_benchmark_measured(found: dict[str, Artefact]) -> None:
+    stated, measured = found["fig12"].rows[:2], found["fig12"].rows[2:]
+    assert {row.source for row in stated} == {STATED}
+    study = read_study()
+    assert [row.name for row in measured] == [f"N = {n}" for n in (1, 4, 8, 16, 32)]
+    for row, trial in zip(measured, study.by_channels(), strict=True):
+        assert f"N = {trial.channels}" == row.name
+        assert row.cells["accuracy"].ours == 100 * trial.accuracy
+        assert row.cells["zero"].ours == 100 * trial.zero
+        assert abs(trial.pruned - trial.asked) < 0.005
+    # Blocks of 16 x 16 that are pruned are group-sets that are zero, no more and no fewer.
+    whole = study.trial(16, 0.75)
+    assert whole.zero == pytest.approx(whole.pruned, abs=1e-9)
+
+
+def test_the_page_on_training_has_the_benchmarks_figures() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    study = read_study()
+    for trial in study.by_channels():
+        row = (
+            f"| {trial.channels} | {trial.pruned:.2%} | {trial.accuracy:.2%} | {trial.zero:.2%} "
+            f"| {trial.fps:.0f} |"
+        )
+        assert row.replace("%", " %") in page, row
+    for asked in (0.5, 0.75):
+        one, other = (study.trial(16, asked, cost) for cost in ("none", "cycles"))
+        row = (
+            f"| {asked:.0%} | {one.accuracy:.2%} / {other.accuracy:.2%} "
+            f"| {one.fps:.0f} / {other.fps:.0f} |"
+        )
+        assert row.replace("%", " %") in page, row
+    assert f"{study.dense_accuracy:.2%}".replace("%", " %") in page
 
 
 def test_text_says_what_was_not_run(found: dict[str, Artefact]) -> None:
@@ -207,7 +243,7 @@ def test_plots(found: dict[str, Artefact], kind: str, tmp_path: Path) -> None:
     from tvm_mars.report.reproduce_plots import write_plots
 
     written = write_plots(list(found.values()), tmp_path / "plots", kind)
-    assert [path.stem for path in written] == ["table1", "fig10", "fig11"]
+    assert [path.stem for path in written] == ["table1", "fig10", "fig11", "fig12"]
     again = write_plots([found["fig10"]], tmp_path / "again", kind)
     assert again[0].read_bytes() == written[1].read_bytes()
     data = written[1].read_bytes()
@@ -218,7 +254,7 @@ def test_bars_are_as_high_as_their_values(found: dict[str, Artefact]) -> None:
     pytest.importorskip("matplotlib")
     from tvm_mars.report.reproduce_plots import draw
 
-    for key in ("table1", "fig10", "fig11"):
+    for key in ("table1", "fig10", "fig11", "fig12"):
         series = iter(found[key].series)
         for axes in draw(found[key]).axes:
             labels = [text.get_text() for text in axes.get_xticklabels()]
