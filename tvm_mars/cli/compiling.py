@@ -12,7 +12,7 @@ import click
 
 from .base import MarsCommand, arch_options, input_shapes, read_arch, write_file, write_text
 
-__all__ = ["check_model", "compile_command"]
+__all__ = ["check_model", "compile_command", "schedules"]
 
 
 @click.command("compile", cls=MarsCommand)
@@ -76,7 +76,7 @@ def compile_command(
     import tvm_mars
     from mars_runtime.errors import UnsupportedError
 
-    with _schedules(tuned):
+    with schedules(tuned):
         compiled = tvm_mars.compile(
             model, target="mars", shape=shapes, arch=machine, min_macs=min_macs
         )
@@ -101,7 +101,7 @@ def compile_command(
         _print_timings(compiled.timings)
 
 
-def _schedules(directory: str | None) -> AbstractContextManager[object]:
+def schedules(directory: str | None) -> AbstractContextManager[object]:
     """Give what lets a compilation use a database's schedules; without one, nothing."""
     if directory is None:
         return nullcontext()

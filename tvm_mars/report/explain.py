@@ -1,14 +1,15 @@
 """Why a model costs what it costs: where operators run, what bounds layers, what would help.
 
-All cycles are those of the timed machine with the default schedule. What would help is computed the
-same way, by compiling the changed network; what no schedule can beat is derived from its work.
+All cycles are those of the timed machine, with the default schedule or those that were tuned. What
+would help is computed the same way, by compiling the changed network, for which nothing was tuned:
+there both sides have the default schedule. What no schedule can beat is derived from the work.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,9 +21,11 @@ from mars_runtime.timeline import LayerTime
 from mars_runtime.timing import fill_cycles
 from mars_runtime.trace import occupancy
 
-from ..compiler import NamedGraph, build_region
+from ..compiler import NamedGraph, build_region, pack
 from ..graph import Conv, ConvTerm, Graph, MapType
 from ..pack import PackedConv, blocked, pack_conv
+from ..schedule import Schedule, plan
+from ..tuner.bound import least_cycles
 from .compression import compression
 
 if TYPE_CHECKING:
@@ -181,6 +184,11 @@ class Explanation:
         All kinds of operators left to the CPU.
     layers : tuple of LayerExplanation
         Of all regions, in order.
+    least : int
+        Core cycles that no schedule of the whole model beats: for each region all layers' floors,
+        or the bound of :mod:`tvm_mars.tuner.bound`, which counts opening of arrays, if it is more.
+    tuned : bool
+        Whether schedules other than the default were asked for.
     share : float
         The share of zero group-sets that :attr:`saved` is for.
     saved : mapping of (int, str) to int
@@ -192,6 +200,8 @@ class Explanation:
     decisions: tuple[Decision, ...]
     host_operators: tuple[str, ...]
     layers: tuple[LayerExplanation, ...]
+    least: int
+    tuned: bool
     share: float
     saved: Mapping[tuple[int, str], int]
 
@@ -216,13 +226,20 @@ class Explanation:
             "operators": [attrs.asdict(decision) for decision in self.decisions],
             "host_operators": list(self.host_operators),
             "cycles": self.cycles,
+            "least_cycles": self.least,
+            "tuned": self.tuned,
             "share": self.share,
             "layers": layers,
         }
 
 
 def explain(
-    partition: Partition, arch: MarsArch, *, share: float = 0.9, op: str | None = None
+    partition: Partition,
+    arch: MarsArch,
+    *,
+    share: float = 0.9,
+    op: str | None = None,
+    scheduler: Callable[..., Schedule] = plan,
 ) -> Explanation:
     """Explain a partitioned model.
 
@@ -233,6 +250,8 @@ def explain(
     op : str, optional
         An operator or layer: only what belongs to it is explained, and the layer is tried with
         several shares.
+    scheduler : callable
+        Gives the schedule of a graph on a machine, packed; the default schedule if not given.
 
     Raises
     ------
@@ -243,17 +262,21 @@ def explain(
     """
     layers: list[LayerExplanation] = []
     saved: dict[tuple[int, str], int] = {}
+    bound = 0
     for number, piece in enumerate(partition.pieces):
-        run = _Run.of(piece.graph.graph, arch)
+        run = _Run.of(piece.graph.graph, arch, scheduler)
+        untuned = run if scheduler is plan else _Run.of(run.graph, arch, plan)
         least = {row.name: row.cycles for row in compression(run.graph, arch).layers}
         found = [
             _layer(run, place, lanes, number, piece, least)
             for place, lanes in enumerate(occupancy(run.region, arch))
         ]
+        floors = sum(layer.floor for layer in found)
+        bound += max(floors, least_cycles(run.graph, arch, pack(run.graph, arch)))
         if op is None:
-            saved.update(_saved(run, number, share))
+            saved.update(_saved(untuned, number, share))
         else:
-            found = [_tried(run, layer) for layer in found if _concerns(layer, op)]
+            found = [_tried(untuned, layer) for layer in found if _concerns(layer, op)]
         layers += found
     decisions = partition.report.decisions
     if op is not None:
@@ -266,6 +289,8 @@ def explain(
         decisions=decisions,
         host_operators=partition.report.host_operators,
         layers=tuple(layers),
+        least=bound,
+        tuned=scheduler is not plan,
         share=share,
         saved=saved,
     )
@@ -300,8 +325,8 @@ class _Run:
     times: Sequence[LayerTime]
 
     @classmethod
-    def of(cls, graph: Graph, arch: MarsArch) -> _Run:
-        region = build_region(NamedGraph.of(graph), arch, with_weights=False)
+    def of(cls, graph: Graph, arch: MarsArch, scheduler: Callable[..., Schedule]) -> _Run:
+        region = build_region(NamedGraph.of(graph), arch, scheduler=scheduler, with_weights=False)
         return cls(graph, arch, region, simulate(region, arch).layers)
 
     @property
@@ -310,9 +335,9 @@ class _Run:
         return {_parts(time.name)[0]: time.cycles for time in self.times}
 
     def changed(self, layers: Mapping[str, Conv]) -> _Run:
-        """Give the graph with some layers replaced, compiled and timed."""
+        """Give the graph with some layers replaced, compiled by default and timed."""
         made = [layers.get(layer.name, layer) for layer in self.graph.layers]
-        return _Run.of(attrs.evolve(self.graph, layers=made), self.arch)
+        return _Run.of(attrs.evolve(self.graph, layers=made), self.arch, plan)
 
 
 def _layer(

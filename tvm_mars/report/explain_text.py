@@ -86,7 +86,7 @@ def _layers(found: Explanation) -> Table:
         f"{found.cycles:,}",
         *("" for _ in BOUNDS),
         "",
-        f"{sum(layer.schedule_gap for layer in found.layers):,}",
+        f"{found.cycles - found.least:,}",
         f"{sum(found.saved.values()):,}",
         style="bold",
     )
@@ -106,9 +106,14 @@ def _legend(found: Explanation) -> Iterator[str]:
     yield "  zero: share of its group-sets that are zero, and neither stored nor computed"
     yield "  gap: the most cycles that another schedule of the same work can save, for the"
     yield "  macros' work has to be done and, unless overlap is full, the writing of their"
-    yield "  weights beside it; `mars tune` searches, and need not get there"
+    yield "  weights beside it. In all: above what no schedule beats, opening of arrays"
+    yield "  counted too (docs/tuning.md); `mars tune` searches, and need not get there"
     yield f"  at {100 * found.share:g} %: cycles saved, recompiled, if each layer had that share of"
     yield "  zero group-sets or more; nothing is said of accuracy"
+    if found.tuned:
+        yield "  Cycles are those of the tuned schedules, by which a layer's time may hold the"
+        yield "  loads of later ones; what is recompiled has the default schedule, and so has"
+        yield "  what it is compared with"
     yield f"  load and off-chip rest on assumed rates {ASSUMED}: `mars arch` says which"
     yield ""
     yield "mars explain MODEL --op NAME tells more of one operator or layer."
@@ -190,5 +195,7 @@ def _changes(layer: LayerExplanation, found: Explanation) -> Iterator[Renderable
                 f"  {one.share:.0%}", f"{one.cycles:,}", f"{one.saved:,}", f"{one.removed:.1%}"
             )
         yield table
+        if found.tuned:
+            yield "  before and after with the default schedule: nothing is tuned for these"
         yield "  removed: of the sum of all weights' squares, in the smallest group-sets, which"
         yield "  go first; what that costs in accuracy only a test set tells"
