@@ -136,12 +136,10 @@ def test_training_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_the_zoos_tables_have_80_columns(name: str) -> None:
+def test_what_the_zoo_tells_has_80_columns(name: str) -> None:
     lines = call("zoo", "info", name).output.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("layer "))
-    table = lines[first : lines.index("", first)]
-    assert len(table) > 3
-    assert max(map(len, table)) <= 80
+    assert any(line.startswith("layer ") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_compile_as_json(graph: Graph, tmp_path: Path) -> None:
@@ -553,8 +551,9 @@ def test_ops_prints_the_limits() -> None:
     from tvm_mars.constraints import CONSTRAINTS, supported_ops
 
     result = call("ops")
-    assert result.stdout == supported_ops()
-    assert all(entry.text in result.stdout for entry in CONSTRAINTS)
+    assert result.stdout.split() == supported_ops().split()
+    assert all(entry.text in supported_ops() for entry in CONSTRAINTS)
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 # -- compile ---------------------------------------------------------------------------------------

@@ -21,5 +21,6 @@ def ops_command() -> None:
       mars ops
     """
     from ..constraints import supported_ops
+    from ..report.layout import wrapped
 
-    write_text(supported_ops(), None)
+    write_text("\n".join(map(wrapped, supported_ops().splitlines())), None)

@@ -99,24 +99,31 @@ def info_command(name: str, as_json: bool) -> None:
     """Tell how a network was trained, what it reached, and what each layer stores."""
     from .. import zoo
     from ..report import compression
+    from ..report.layout import wrapped
 
     record, graph = zoo.record(name), zoo.load(name)
     if as_json:
         write_text(record.to_json(), None)
         return
     lines = [
-        f"{name}: {record.title}",
-        f"data: {record.data}; {record.images['train']} images to train, "
-        f"{record.images['test']} to test",
-        f"test accuracy {record.accuracy:.2%} after {record.epochs} epochs; its twin "
-        f"({record.dense_title}) {record.dense_accuracy:.2%} after {record.dense_epochs}",
-        f"verified on {record.verified['images']} images: {record.verified['codes']:,} codes at "
-        "every layer boundary; differing codes:",
+        wrapped(f"{name}: {record.title}"),
+        wrapped(
+            f"data: {record.data}; {record.images['train']} images to train, "
+            f"{record.images['test']} to test"
+        ),
+        wrapped(
+            f"test accuracy {record.accuracy:.2%} after {record.epochs} epochs; its twin "
+            f"({record.dense_title}) {record.dense_accuracy:.2%} after {record.dense_epochs}"
+        ),
+        wrapped(
+            f"verified on {record.verified['images']} images: {record.verified['codes']:,} codes "
+            "at every layer boundary; differing codes:"
+        ),
         *(f"  {engine}: {count}" for engine, count in record.verified["differing codes"].items()),
         "",
         str(compression(graph)),
         "",
-        *(f"recipe: {json.dumps(recipe)}" for recipe in record.recipes),
+        *(wrapped(f"recipe: {json.dumps(recipe)}") for recipe in record.recipes),
     ]
     for title, history in (("dense twin", record.dense_history), ("network", record.history)):
         lines += ["", *_curve(title, history)] if history else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import IO
 
@@ -9,9 +10,21 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-__all__ = ["new_table", "print_parts"]
+__all__ = ["new_table", "print_parts", "wrapped"]
 
 WIDTH = 80
+
+
+def wrapped(line: str, first: str = "", rest: str = "  ") -> str:
+    """Break a line of prose at 80 columns, with an indent of the first line and of the rest."""
+    return textwrap.fill(
+        line,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def print_parts(parts: Iterable[RenderableType], file: IO[str]) -> None:

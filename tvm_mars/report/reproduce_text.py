@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import IO
 
 from rich.console import RenderableType
 
-from .layout import WIDTH, new_table, print_parts
+from .layout import new_table, print_parts, wrapped
 from .reproduce import NOT_RUN, Artefact, Cell
 
 __all__ = ["print_artefacts"]
@@ -34,9 +33,7 @@ def _parts(found: Sequence[Artefact]) -> Iterator[RenderableType]:
             table.add_row(f"{row.name}, {row.source}" if ran else row.name, *cells)
         yield table
         for note in artefact.notes:
-            yield textwrap.fill(
-                note, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-            )
+            yield wrapped(note, first="  ", rest="    ")
         yield ""
     yield "cells: the paper's / ours, and ours over the paper's less one; - is not stated"
 
