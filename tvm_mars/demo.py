@@ -173,7 +173,8 @@ def _go_on() -> None:
         f"mars run {FOLDER / 'digits.so'} --inputs {FOLDER / 'digits.npz'} -o logits.npz",
         f"mars disasm {FOLDER / 'digits.mars'}         the instruction stream",
         f"mars profile {FOLDER / 'digits.mars'} --trace trace.json    for ui.perfetto.dev",
-        "mars compile YOUR.onnx -o your.so --dump-offloads -",
+        "mars quantize FLOAT.onnx --data images.npz -o YOUR.onnx    if yours is a float network",
+        "mars compile YOUR.onnx --program your.mars --dump-offloads -",
         "mars zoo list                                 what else is trained",
         f"(the command is in {Path(sys.executable).parent})",
     )

@@ -72,7 +72,7 @@ def train_command(
         from ..qat.ranks import Ranks, joined
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            f"training needs {error.name}: pip install tvm-mars[train]"
+            f"training needs {error.name}: pip install 'tvm-mars[train]'"
         ) from None
 
     if wanted:
