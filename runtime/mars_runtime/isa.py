@@ -643,8 +643,8 @@ def reference_manual() -> str:
         lines += [_doc(spec).replace("``", "`").strip()]
         if own:
             lines += ["", *_field_rows(spec, own)]
-    lines += ["", "# Words of the index SRAM"]
+    lines += ["", "## Words of the index SRAM"]
     for kind, name in ((IndexCode, "Index code"), (Segment, "Load descriptor segment")):
-        lines += ["", f"## {name}", "", _doc(kind).replace("``", "`").strip(), ""]
+        lines += ["", f"### {name}", "", _doc(kind).replace("``", "`").strip(), ""]
         lines += _field_rows(kind, attrs.fields(kind))
     return "\n".join(lines) + "\n"
