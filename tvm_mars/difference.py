@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import InputError, MarsArch, Program, run
+from mars_runtime import InputError, MarsArch, Program, ProgramError, run
 from mars_runtime.maps import RAW_BITS
 from mars_runtime.watch import watch
 
@@ -85,7 +85,7 @@ class Reference:
 
 @attrs.frozen(eq=False)
 class Machine:
-    """A program, executed."""
+    """A program, executed; its maps are shown in the model's order of channels."""
 
     program: Program
     graphs: Sequence[Graph]
@@ -95,7 +95,19 @@ class Machine:
         graph = self.graphs[region]
         codes = _stored(graph, given)
         arrays = [codes[entry.name] for entry in graph.inputs]
-        return watch(self.program.regions[region], self.program.arch, graph.types, arrays)
+        made = self.program.regions[region]
+        maps = watch(made, self.program.arch, graph.types, arrays)
+        for order in made.orders:
+            kind = graph.types.get(order.layer)
+            if kind is None or len(order.channels) != kind.channels:
+                raise ProgramError(
+                    f"its order of {order.layer!r} does not fit the network",
+                    where=f"program, region {region}",
+                    hint="compile the model again",
+                )
+            if order.layer in maps:
+                maps[order.layer] = maps[order.layer][:, np.argsort(order.channels)]
+        return maps
 
 
 @attrs.frozen(eq=False)

@@ -38,7 +38,16 @@ from .errors import MarsError, ProgramError
 from .maps import RAW_BITS, WORD_BYTES, MapType
 from .quantize import Dequantize, Quantize
 
-__all__ = ["HostReason", "InputPort", "LayerInfo", "OutputPort", "Program", "Region", "load_cached"]
+__all__ = [
+    "ChannelOrder",
+    "HostReason",
+    "InputPort",
+    "LayerInfo",
+    "OutputPort",
+    "Program",
+    "Region",
+    "load_cached",
+]
 
 MAGIC = b"MARSPROG"
 VERSION = 1
@@ -89,6 +98,17 @@ class LayerInfo:
 
 
 @attrs.frozen
+class ChannelOrder:
+    """A layer of the network whose map has its channels in another order than the model.
+
+    ``channels`` says which of the model's channels is at each place.
+    """
+
+    layer: str
+    channels: tuple[int, ...]
+
+
+@attrs.frozen
 class Region:
     """One offloaded piece of a network: instructions and the off-chip memory that they work on.
 
@@ -96,7 +116,8 @@ class Region:
     maps, up to ``offchip_words``. ``image`` may end before ``image_bytes`` in memory only: a
     program without weights has a timeline but cannot run.
 
-    ``network`` describes the layers' shapes as JSON, for the compiler's own reports.
+    ``network`` describes the layers' shapes as JSON, for the compiler's own reports; ``orders`` are
+    of the maps whose channels the compiler has reordered, none of which enters or leaves.
     """
 
     inputs: tuple[InputPort, ...]
@@ -107,6 +128,7 @@ class Region:
     image_bytes: int
     offchip_words: int
     network: str = attrs.field(default="", repr=False)
+    orders: tuple[ChannelOrder, ...] = attrs.field(default=(), repr=False)
 
     @functools.cached_property
     def instructions(self) -> tuple[isa.Instruction, ...]:
@@ -251,15 +273,15 @@ def _unstructure(program: Program) -> dict[str, Any]:
     index: dict[str, Any] = cattrs.unstructure(attrs.evolve(program, regions=()))
     if not program.host_reasons:  # so that a program without any keeps the bytes that it had
         del index["host_reasons"]
-    index["regions"] = [
-        {
-            **cattrs.unstructure(attrs.evolve(region, code=b"", image=b"")),
-            "code": len(region.code),
-            "image": len(region.image),
-        }
-        for region in program.regions
-    ]
+    index["regions"] = [_unstructure_region(region) for region in program.regions]
     return index
+
+
+def _unstructure_region(region: Region) -> dict[str, Any]:
+    entry: dict[str, Any] = cattrs.unstructure(attrs.evolve(region, code=b"", image=b""))
+    if not region.orders:  # so that a program without any keeps the bytes that it had
+        del entry["orders"]
+    return {**entry, "code": len(region.code), "image": len(region.image)}
 
 
 @functools.cache
@@ -363,6 +385,9 @@ def _verify(region: Region, arch: MarsArch, where: str) -> None:
         clip = entry.quantize.clip or (0, 0)
         if not np.float32(entry.quantize.scale) or not clip[0] <= clip[1]:
             raise ProgramError(f"port {entry.name!r} quantizes by {entry.quantize}", where=where)
+    for order in region.orders:
+        if sorted(order.channels) != list(range(len(order.channels))):
+            raise ProgramError(f"order of {order.layer!r} is not one of its channels", where=where)
     at = 0
     for layer in region.layers:
         if layer.start != at or layer.stop < at:

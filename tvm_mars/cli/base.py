@@ -19,6 +19,7 @@ __all__ = [
     "CommandError",
     "MarsCommand",
     "arch_options",
+    "channel_order_option",
     "engine_option",
     "input_shapes",
     "progress_bar",
@@ -154,6 +155,17 @@ def read_arch(source: str, changes: Mapping[str, str]) -> MarsArch:
 
     return load_arch(source, changes)
 
+
+_CHANNEL_ORDERS = ("given", "packed")  # tvm_mars.options.CHANNEL_ORDERS, without its import
+
+channel_order_option = click.option(
+    "--channel-order",
+    type=click.Choice(_CHANNEL_ORDERS),
+    default="given",
+    show_default=True,
+    help="Order of channels inside the network: packed searches for one in which fewer group-sets "
+    "hold a weight. The codes that leave are the same.",
+)
 
 _ENGINES = ("auto", "layers", "machine")  # mars_runtime.ENGINES, without its import
 

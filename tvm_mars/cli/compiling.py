@@ -10,7 +10,15 @@ from pathlib import Path
 
 import click
 
-from .base import MarsCommand, arch_options, input_shapes, read_arch, write_file, write_text
+from .base import (
+    MarsCommand,
+    arch_options,
+    channel_order_option,
+    input_shapes,
+    read_arch,
+    write_file,
+    write_text,
+)
 
 __all__ = ["check_model", "compile_command", "schedules"]
 
@@ -34,6 +42,7 @@ __all__ = ["check_model", "compile_command", "schedules"]
     show_default=True,
     help="Leave regions with fewer multiply-accumulates per image to the CPU.",
 )
+@channel_order_option
 @click.option(
     "--dump-offloads",
     metavar="PATH|-",
@@ -50,6 +59,7 @@ def compile_command(
     arch: str,
     changes: dict[str, str],
     min_macs: int,
+    channel_order: str,
     dump_offloads: str | None,
     tuned: str | None,
     timing: bool,
@@ -78,7 +88,12 @@ def compile_command(
 
     with schedules(tuned):
         compiled = tvm_mars.compile(
-            model, target="mars", shape=shapes, arch=machine, min_macs=min_macs
+            model,
+            target="mars",
+            shape=shapes,
+            arch=machine,
+            min_macs=min_macs,
+            channel_order=channel_order,
         )
     if dump_offloads:
         write_text(str(compiled.report), dump_offloads)

@@ -16,6 +16,7 @@ from .base import (
     CommandError,
     MarsCommand,
     arch_options,
+    channel_order_option,
     input_shapes,
     read_arch,
     write_file,
@@ -64,6 +65,7 @@ def _picture(
     "batch.",
 )
 @arch_options
+@channel_order_option
 @click.option(
     "--objective",
     type=click.Choice(OBJECTIVES),
@@ -142,6 +144,7 @@ def tune_command(
     shapes: dict[str, tuple[int, ...]],
     arch: str,
     changes: dict[str, str],
+    channel_order: str,
     objective: str,
     strategy: str,
     cost_model: str,
@@ -191,6 +194,7 @@ def tune_command(
             shape=shapes,
             cost_model=cost_model,
             arch=machine,
+            channel_order=channel_order,
             objective=objective,
             runner=runner,
             num_workers=workers,

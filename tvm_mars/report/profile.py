@@ -117,6 +117,8 @@ class Profile:
         Pieces of the network on MARS. They follow each other; the CPU's time between is not in.
     host_operators : tuple of str
         Operators left to the CPU.
+    reordered : int
+        Layers whose map has its channels in another order than the model's.
     cycles : int
         Latency of one image in core cycles, with cold macros and weight SRAMs.
     steady_cycles : int
@@ -131,6 +133,7 @@ class Profile:
     layers: tuple[LayerProfile, ...]
     regions: int
     host_operators: tuple[str, ...]
+    reordered: int
     cycles: int
     steady_cycles: int
     dense_cycles: int | None
@@ -251,6 +254,7 @@ class Profile:
             "assumed": [info.name for info in self.arch.describe() if info.assumed],
             "regions": self.regions,
             "host_operators": list(self.host_operators),
+            "reordered": self.reordered,
             "total": {
                 "cycles": self.cycles,
                 "steady_cycles": self.steady_cycles,
@@ -366,6 +370,7 @@ def profile_program(program: Program, *, baseline: bool = True) -> Profile:
         layers=tuple(layers),
         regions=len(program.regions),
         host_operators=program.host_operators,
+        reordered=sum(len(region.orders) for region in program.regions),
         cycles=sum(timeline.cycles for timeline in timelines),
         steady_cycles=steady,
         dense_cycles=dense_cycles if baseline else None,

@@ -71,6 +71,8 @@ def _head(profile: Profile) -> Iterator[str]:
     )
     if profile.host_operators:
         yield f"Left to the CPU and not in these figures: {', '.join(profile.host_operators)}."
+    if profile.reordered:
+        yield f"The channels of {profile.reordered} maps are in another order than the model's."
 
 
 # -- tables ----------------------------------------------------------------------------------------

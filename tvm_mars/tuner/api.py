@@ -10,10 +10,9 @@ from typing import Any
 
 import attrs
 
-from mars_runtime.arch import MarsArch
 from mars_runtime.errors import OptionError, UnsupportedError
 
-from ..compiler import NamedGraph
+from ..compiler import NamedGraph, with_channel_order
 from ..graph import Graph
 from ..options import CompileOptions
 from ..schedule import Point
@@ -53,6 +52,7 @@ def tune(
     cost_model: str = "xgb",
     database: str = "json",
     arch: Any = "mars",
+    channel_order: str = "given",
     objective: str = "cycles",
     runner: str = "local",
     num_workers: int | None = None,
@@ -90,6 +90,9 @@ def tune(
         Its form.
     arch : str, path, MarsArch or mapping
         The machine; that of a partitioned module.
+    channel_order : "given" or "packed"
+        As :class:`tvm_mars.CompileOptions` has it; that of a partitioned module. Records serve
+        compilations with the same.
     objective : "cycles", "energy" or "edp"
         What is to be small.
     runner : "local" or "ray"
@@ -137,8 +140,9 @@ def tune(
     if ray_address is not None and runner != "ray":
         raise OptionError("is for the runner ray", where="option ray_address")
     ray = RayOptions(address=ray_address, timeout=trial_timeout)
-    machine = CompileOptions.from_mapping({"arch": arch}).arch
-    spaces = [Space.of(graph, machine) for graph in regions_of(mod, machine, shape)]
+    asked = CompileOptions.from_mapping({"arch": arch, "channel_order": channel_order})
+    machine = asked.arch
+    spaces = [Space.of(graph, machine) for graph in regions_of(mod, asked, shape)]
     # Regions that are alike need one search.
     spaces = list({workload_key(one.graph, one.packed): one for one in spaces}.values())
     if not spaces:
@@ -174,8 +178,8 @@ def tune(
             first: tuple[Point, ...] = ()
             if earlier is not None:
                 first = earlier.best_points(workload_key(space.graph, space.packed), EARLIER)
-            asked = attrs.evolve(options, first=first)
-            search(space, records, asked, resume=resume, name=names[number], on_trial=report)
+            begun = attrs.evolve(options, first=first)
+            search(space, records, begun, resume=resume, name=names[number], on_trial=report)
     return records
 
 
@@ -188,17 +192,26 @@ def _names(mod: Any, regions: int) -> list[str]:
 
 
 def regions_of(
-    mod: Any, arch: MarsArch, shape: Mapping[str, Sequence[int]] | None = None
+    mod: Any, options: CompileOptions, shape: Mapping[str, Sequence[int]] | None = None
 ) -> list[Graph]:
-    """Give the graphs of a model's regions, in the order in which they run."""
+    """Give the graphs of a model's regions as they are compiled, in the order in which they run."""
+    return [
+        with_channel_order(named, options.arch, options.channel_order).graph
+        for named in _named_graphs(mod, options, shape)
+    ]
+
+
+def _named_graphs(
+    mod: Any, options: CompileOptions, shape: Mapping[str, Sequence[int]] | None
+) -> list[NamedGraph]:
     if isinstance(mod, NamedGraph):
-        return [mod.graph]
-    if isinstance(mod, Graph):
         return [mod]
+    if isinstance(mod, Graph):
+        return [NamedGraph.of(mod)]
     from ..frontend import adapter
 
     ir = adapter()
-    graphs: list[Graph] = ir.graphs_of(
-        ir.partition_for_mars(ir.import_model(mod, shape), arch=arch)
+    partitioned = ir.partition_for_mars(
+        ir.import_model(mod, shape), arch=options.arch, channel_order=options.channel_order
     )
-    return graphs
+    return [NamedGraph.of(graph) for graph in ir.graphs_of(partitioned)]

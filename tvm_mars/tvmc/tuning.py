@@ -161,6 +161,7 @@ def _tune(mod: Any, arguments: argparse.Namespace, options: Mapping[str, Any]) -
                 work_dir=arguments.output,
                 max_trials_global=arguments.trials,
                 arch=options_of(mod).arch,
+                channel_order=options_of(mod).channel_order,
                 num_workers=arguments.parallel,
                 patience=arguments.early_stopping,
                 earlier=earlier,

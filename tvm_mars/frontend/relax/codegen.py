@@ -68,7 +68,10 @@ def collect_programs() -> Iterator[list[Program]]:
 
 
 def graphs_of(mod: tvm.IRModule) -> list[Graph]:
-    """Give the graphs of a partitioned module's regions, in the order in which they run."""
+    """Give the graphs of a partitioned module's regions, in the order in which they run.
+
+    Their channels are in the model's order, whatever the option ``channel_order``.
+    """
     options = CompileOptions.from_json(str(mod.attrs[OPTIONS]))
     functions = [func for _, func in mod.functions_items() if is_region(func)]
     return [piece.lowered.graph for piece in _pieces(functions, options)]
@@ -161,6 +164,7 @@ def _program(pieces: Sequence[_Piece], options: CompileOptions) -> Program:
     return build(
         graphs,
         options.arch,
+        channel_order=options.channel_order,
         inputs=interface.model_inputs,
         outputs=interface.model_outputs,
         host_operators=interface.host_operators,

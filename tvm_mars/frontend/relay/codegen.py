@@ -82,7 +82,10 @@ def whole_program(pieces: Sequence[_Compiled]) -> Program | None:
 
 
 def graphs_of(mod: tvm.IRModule) -> list[Graph]:
-    """Give the graphs of a partitioned module's regions, in the order in which they run."""
+    """Give the graphs of a partitioned module's regions, in the order in which they run.
+
+    Their channels are in the model's order, whatever the option ``channel_order``.
+    """
     arch = options_of(mod).arch
     functions = sorted(regions(mod).values(), key=lambda func: _interface(func).index)
     return [lower(read_region(func), arch).graph for func in functions]
@@ -116,7 +119,11 @@ def codegen(func: relay.Function) -> Any:
             )
     lowered = lower(read_region(func), options.arch)
     names = tuple(interface.inputs[index] for index in lowered.params)
-    program = build([NamedGraph(lowered.graph, names, interface.outputs)], options.arch)
+    program = build(
+        [NamedGraph(lowered.graph, names, interface.outputs)],
+        options.arch,
+        channel_order=options.channel_order,
+    )
     collected = _PROGRAMS.get()
     if collected is not None:
         collected.append(_Compiled(interface, program))
