@@ -3,17 +3,18 @@
 Networks of VGG16's and ResNet-20's shape, 8 bits, with random weights: all channels of like
 importance, or of importance drawn log-normally for each kernel and each input. The smallest parts
 of each layer but the first and last are zeroed. Then networks with zero group-sets whose channels
-were shuffled, and those of the zoo as they are. With ``--run`` and ``--data`` also a network that
-``mars train`` has trained, dense or pruned (needs PyTorch); a dense one is quantized and pruned as
-the random ones are. Cycles are simulated, with the default schedule.
+were shuffled, and those of the zoo as they are. Cycles are simulated, with the default schedule.
 
-Run: ``python benchmarks/channel_order.py``, some minutes; ``--run runs/resnet20-dense --data
-cifar-10-binary.tar.gz`` for trained ones alone.
+Run: ``python benchmarks/channel_order.py``, some minutes. Instead of those, with ``--run
+runs/resnet20-dense --data cifar-10-binary.tar.gz`` a dense network that ``mars train`` has trained
+(needs PyTorch), quantized and pruned as the random ones are; with ``--model net.onnx`` a quantized
+one as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -152,18 +153,14 @@ def synthetic() -> Iterator[tuple[str, Graph]]:
 
 
 def trained(run: Path, data: str) -> Iterator[tuple[str, Graph]]:
-    """Yield a trained network; a dense one pruned by the norm of its codes."""
+    """Yield a dense network that was trained, quantized, and pruned by the norm of its codes."""
     import torch
 
     from tvm_mars.qat import Quantization, calibrate, load_data, prepare, to_graph
-    from tvm_mars.qat.network import MarsNetwork
     from tvm_mars.qat.training import load_run
 
     model = load_run(run)
     images = load_data(data)[0]
-    if isinstance(model, MarsNetwork) and model.method == "mars":
-        yield run.name, to_graph(model, images.shape)
-        return
     network = prepare(model, Quantization(weight_bits=8, activation_bits=8), images.shape)
     pixels = images.pixels[:IMAGES].to(torch.float32) / 255
     calibrate(network, pixels)
@@ -174,6 +171,16 @@ def trained(run: Path, data: str) -> Iterator[tuple[str, Graph]]:
             graph = pruned(dense, part, share)
             yield f"{run.name}, {part} {share:.0%}", graph
     yield f"{run.name}, 16 x 16 75 %, shuffled", shuffled(pruned(dense, [*PARTS][-1], 0.75))
+
+
+def imported(path: Path) -> Iterator[tuple[str, Graph]]:
+    """Yield the regions of a quantized model."""
+    from tvm_mars.frontend import adapter
+    from tvm_mars.options import CompileOptions
+
+    ir = adapter()
+    for piece in ir.partition_of(ir.import_model(path), CompileOptions()).pieces:
+        yield f"{path.parent.name}/{path.name}", piece.graph.graph
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -212,7 +219,12 @@ def _cycles(named: NamedGraph) -> int:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, action="append", help="folder of a trained network")
+    parser.add_argument(
+        "--run", type=Path, action="append", default=[], help="folder of a dense run of mars train"
+    )
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="quantized ONNX model"
+    )
     parser.add_argument("--data", help="CIFAR-10: binary archive, or .npz")
     options = parser.parse_args()
     if options.run and not options.data:
@@ -227,12 +239,9 @@ def main() -> None:
     table.add_column("network, what is zero", no_wrap=True)
     for head in heads:
         table.add_column(head, justify="right")
-    sources = (
-        (found for run in options.run for found in trained(run, options.data))
-        if options.run
-        else synthetic()
-    )
-    for name, graph in sources:
+    given = [trained(run, options.data) for run in options.run]
+    given += [imported(model) for model in options.model]
+    for name, graph in itertools.chain(*(given or [synthetic()])):
         table.add_row(*row(name, graph))
     console.print(table)
 

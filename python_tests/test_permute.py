@@ -16,8 +16,14 @@ from mars_runtime import PRESETS, Program, run, simulate
 from mars_runtime.errors import OptionError, ProgramError
 from mars_runtime.program import ChannelOrder
 from mars_runtime.quantize import Dequantize, Quantize
+from python_tests.hostile import VALUES
 from python_tests.random_graphs import features, random_graph, random_inputs
-from python_tests.small_networks import every_kind_of_layer, small_program
+from python_tests.small_networks import (
+    every_kind_of_layer,
+    open_program,
+    seal_program,
+    small_program,
+)
 from tvm_mars import networks
 from tvm_mars.channel_order import Orders, found_orders, permutable, reordered
 from tvm_mars.compiler import NamedGraph, build, build_region, pack, with_channel_order
@@ -396,6 +402,31 @@ def test_an_order_that_is_none_is_refused(channels: tuple[int, ...]) -> None:
         Program.from_bytes(data)
 
 
+@pytest.mark.parametrize(("key", "size"), [("layer", 300), ("channels", 300), ("orders", 300)])
+def test_hostile_orders_end_in_a_typed_error(key: str, size: int) -> None:
+    program = build([NamedGraph.of(shuffled(networks.resnet20(0.3)))], MARS, channel_order="packed")
+    index, rest = open_program(program.to_bytes())
+    orders = index["regions"][0]["orders"]
+    rng = np.random.default_rng(size)
+    refusals = 0
+    for number in range(size):
+        value = VALUES[int(rng.integers(len(VALUES)))]
+        changed: Any = [dict(one, channels=list(one["channels"])) for one in orders]
+        place = int(rng.integers(len(orders)))
+        if key == "orders":
+            changed = value if number % 2 else [*changed, value]
+        elif key == "channels" and number % 2:
+            changed[place][key][int(rng.integers(8))] = value
+        else:
+            changed[place][key] = value
+        index["regions"][0]["orders"] = changed
+        try:
+            Program.from_bytes(seal_program(index, rest))
+        except ProgramError:
+            refusals += 1
+    assert refusals > size // 2
+
+
 # -- comparing with the model ----------------------------------------------------------------------
 
 
@@ -456,6 +487,19 @@ def test_profiles_say_that_channels_are_reordered() -> None:
         assert (said in file.getvalue()) == (order == "packed")
 
 
+def test_pages_say_that_channels_are_reordered() -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("vl_convert")
+    from tvm_mars.report.page import report_page
+
+    graph = shuffled(networks.resnet20(0.3))
+    for order in ("given", "packed"):
+        program = build([NamedGraph.of(graph)], MARS, channel_order=order)
+        page = report_page(program, "net", baseline=False)
+        said = f'<data value="{len(program.regions[0].orders)}">'
+        assert ("which is not the model's in\n" + said in page) == (order == "packed")
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -498,6 +542,22 @@ def test_every_compilation_takes_it(model: Path) -> None:
     given = tvm_mars.compile(model, shape=SHAPE)
     for name, result in given.run(inputs).items():
         np.testing.assert_array_equal(compiled.run(inputs)[name], result)
+
+
+def test_the_relax_pipeline_takes_it(model: Path) -> None:
+    pytest.importorskip("tvm.relax.backend")
+    import tvm
+
+    from tvm_mars.frontend.relax.api import import_model
+    from tvm_mars.frontend.relax.codegen import collect_programs
+
+    with collect_programs() as programs:
+        pipeline = tvm.relax.get_pipeline("mars", channel_order="packed")
+        tvm.compile(import_model(model), "llvm", relax_pipeline=pipeline)
+    (program,) = programs
+    assert program.regions[0].orders
+    with pytest.raises(OptionError, match="is not given or packed"):
+        tvm.relax.get_pipeline("mars", channel_order="sorted")
 
 
 def test_a_partitioned_module_keeps_it(model: Path) -> None:

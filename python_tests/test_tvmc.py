@@ -19,9 +19,10 @@ import pytest
 from mars_runtime import load_arch, simulate
 from python_tests.onnx_models import ModelWriter, float_model, imported_model, model_inputs
 from python_tests.random_graphs import random_graph, random_inputs
+from python_tests.test_permute import shuffled
 from tvm_mars import graph as reference
 from tvm_mars.graph import Graph, evaluate
-from tvm_mars.networks import mobilenet_v1, mobilenet_v2, resnet18, vgg16
+from tvm_mars.networks import mobilenet_v1, mobilenet_v2, resnet18, resnet20, vgg16
 from tvm_mars.onnx_export import to_onnx
 from tvm_mars.tuner.database import Database
 from tvm_mars.tvmc import main
@@ -280,6 +281,7 @@ def test_options_of_the_search(
         "work_dir": "tuned",
         "max_trials_global": 1000,
         "arch": load_arch("mars"),
+        "channel_order": "given",
         "num_workers": 4,
         "patience": None,
         "earlier": None,
@@ -389,6 +391,28 @@ def test_options_of_the_target(
     assert main(["compile", "net.onnx", "-o", "net.tar", *given]) == 0
     (text,) = chosen
     assert '"offchip_bits_per_cycle": 80' in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--target", "mars -channel_order=packed, llvm"], ["--target-mars-channel-order", "packed"]],
+)
+def test_channels_are_reordered(options: list[str], folder: Path) -> None:
+    onnx.save(to_onnx(shuffled(resnet20(0.3))), "net.onnx")
+    given = ["net.onnx", "--input-shapes", "x0:[1,3,32,32]"]
+    with collect_programs() as programs:
+        assert main(["compile", *given, "-o", "net.tar", *options]) == 0
+    program = whole_program(programs)
+    assert program is not None and program.regions[0].orders
+    tune = ["-o", "tuned", "--trials", "8", "--parallel", "1"]
+    assert main(["tune", *given, *tune, *options]) == 0
+    with collect_programs() as programs:
+        more = ["--tuning-records", "tuned"]
+        assert main(["compile", *given, "-o", "net.tar", *options, *more]) == 0
+    tuned = whole_program(programs)
+    assert tuned is not None
+    best = min(record.cycles for record in Database("tuned").records)
+    assert simulate(tuned.regions[0], tuned.arch).cycles == best
 
 
 def test_regions_are_made_for_the_target_that_requantizes(folder: Path) -> None:

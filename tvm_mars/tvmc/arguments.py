@@ -23,7 +23,13 @@ from ..frontend.relay.codegen import compiling_for, host_target
 from ..options import CompileOptions, read_assignment
 from .target import CHANGES, NAME, mars_options
 
-__all__ = ["add_target_options", "names_mars", "not_without_mars", "target_as_asked"]
+__all__ = [
+    "add_target_options",
+    "names_mars",
+    "not_without_mars",
+    "options_in_target",
+    "target_as_asked",
+]
 
 _NAMES = (*CompileOptions.describe(), CHANGES)
 
@@ -56,6 +62,15 @@ def names_mars(arguments: argparse.Namespace) -> bool:
     for name in _options(arguments):
         raise not_without_mars(f"target-{NAME}-{name.replace('_', '-')}")
     return False
+
+
+def options_in_target(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Give the options of MARS in the target's text, which tvmc passes on where it compiles."""
+    found: dict[str, Any] = {}
+    for entry in _parsed(arguments.target):
+        if entry["name"] == NAME:
+            found.update(entry["opts"])
+    return found
 
 
 def not_without_mars(option: str) -> TVMCException:

@@ -18,7 +18,13 @@ from ..tuner.progress import Progress
 from ..tuner.search import COST_MODELS, OBJECTIVES, RUNNERS
 from ..tuner.show import print_database
 from ..tuner.strategies import STRATEGIES
-from .arguments import add_target_options, names_mars, not_without_mars, target_as_asked
+from .arguments import (
+    add_target_options,
+    names_mars,
+    not_without_mars,
+    options_in_target,
+    target_as_asked,
+)
 from .target import NAME, partition
 
 __all__ = ["add_tune_options", "drive_tune"]
@@ -127,7 +133,7 @@ def drive_tune(arguments: argparse.Namespace, original: Callable[[argparse.Names
     )
     with target_as_asked(arguments):
         mod = apply_graph_transforms(model.mod, parse_graph_transform_args(arguments))
-        mod = partition(mod, model.params)
+        mod = partition(mod, model.params, **options_in_target(arguments))
         _tune(mod, arguments, {**_TUNERS[arguments.tuner], **given})
     return 0
 
