@@ -95,11 +95,12 @@ site: $(DOCS) docs/tutorials/.made  ## Build the site: docs/, the docstrings, th
 linkcheck: $(DOCS)  ## Ask the network for every link that leads out of the site
 	$(SPHINX) -b linkcheck -D plot_gallery=0 docs build/linkcheck
 
-bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning, the exact engine
+bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network, tuning, channel order, the exact engine
 	$(BIN)/python benchmarks/vgg16.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/resnet18_224.py
 	$(BIN)/python benchmarks/tuning.py
+	$(BIN)/python benchmarks/channel_order.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/one_image.py
 
