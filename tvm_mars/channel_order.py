@@ -279,7 +279,7 @@ class _Search:
         return orders
 
     def improved(self, start: Orders) -> Orders:
-        """Improve one class after the other until none gains."""
+        """Improve one class after the other until none gains, or the sweeps are over."""
         orders = dict(start)
         pending = list(self.classes)
         for _ in range(SWEEPS):
