@@ -130,6 +130,8 @@ def _channel_order(found: Explanation) -> Iterator[str]:
         return
     yield f"With --channel-order packed (mars compile, mars tune) {packed:,} group-sets of"
     yield f"{stored:,} are stored, and {found.packed_saved:,} cycles saved, recompiled."
+    if found.tuned:
+        yield "  before and after with the default schedule: nothing is tuned for that order"
 
 
 # -- one -------------------------------------------------------------------------------------------
