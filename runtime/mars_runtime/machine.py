@@ -11,6 +11,7 @@ of issue, the unit's own queue, the tokens waited for, and the architecture's ov
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,8 +24,8 @@ from .arch import MarsArch
 from .datapath import ConvTile, add_tile, pool_tile
 from .errors import MachineError, MemoryAccessError
 from .maps import WORD_BYTES, pack_map, unpack_map
-from .memory import ChipMemory, Core, whole
-from .packing import group_set_bytes, unpack_group_sets
+from .memory import ChipMemory, Core, Sram, whole
+from .packing import unpack_group_sets
 from .program import Region
 from .timeline import Event, LayerTime, Timeline
 
@@ -34,6 +35,8 @@ Array = npt.NDArray[Any]
 
 # A time with what is to blame for it, see STALLS.
 Done = tuple[int, str]
+AT_ONCE: Done = (0, "")
+INSTRUCTION_BITS = 8 * isa.INSTRUCTION_BYTES
 Kind = TypeVar("Kind", bound=isa.Instruction)
 
 
@@ -59,6 +62,7 @@ class Machine:
         self, region: Region, arch: MarsArch, images: int | None = None, trace: bool = False
     ) -> None:
         self.region, self.arch = region, arch
+        self.issue_cycles, self.overlap = arch.issue_cycles, arch.overlap
         self.length = len(region.instructions)
         self.trace = trace
         self.events: list[Event] = []
@@ -66,7 +70,7 @@ class Machine:
         self.bank_compute = [0] * arch.banks  # until when cores use the bank
         self.bank_move = [0] * arch.banks  # until when DMA uses it
         self.dma_free = self.issued = self.now = 0
-        self.tokens: dict[int, tuple[int, str]] = {}
+        self.tokens: dict[int, Done] = {}  # by mask of one
         self.layers = [LayerTime(layer.name, layer.kind) for layer in region.layers]
         self.layers = self.layers or [LayerTime("region", "region")]
         self.computed = [0] * len(self.layers)  # until when a layer's cores compute
@@ -145,24 +149,34 @@ class Machine:
             self.layer.start = self.now
 
     def _step(self, instruction: isa.Instruction, wait: int, signal: int) -> None:
-        self.issued += self.arch.issue_cycles
-        self.counters.instruction_bits += 8 * isa.INSTRUCTION_BYTES
-        waited = (self.issued, "issue")
+        waited = AT_ONCE
         while wait:
-            token = (wait & -wait).bit_length() - 1
-            wait &= wait - 1
-            if token not in self.tokens:
-                raise MachineError(f"waits for token {token}, which nothing signals: a deadlock")
-            waited = max(waited, self.tokens[token])
-        done = _HANDLERS[type(instruction)](self, instruction, waited)
+            token = wait & -wait
+            wait ^= token
+            signalled = self.tokens.get(token)
+            if signalled is None:
+                number = token.bit_length() - 1
+                raise MachineError(f"waits for token {number}, which nothing signals: a deadlock")
+            if signalled > waited:
+                waited = signalled
+        done = self._execute(instruction, waited)
+        if signal:
+            self.tokens[1 << signal - 1] = done
+
+    def _execute(self, instruction: isa.Instruction, waited: Done) -> Done:
+        """Issue and execute an instruction that has waited for others."""
+        self.issued += self.issue_cycles
+        self.counters.instruction_bits += INSTRUCTION_BITS
+        issued = (self.issued, "issue")
+        done = _HANDLERS[type(instruction)](
+            self, instruction, issued if issued > waited else waited
+        )
         if done[0] > self.now:
             self.now = done[0]
-        if signal:
-            self.tokens[signal - 1] = done
+        return done
 
     def _record(self, lane: str, name: str, start: int, end: int) -> None:
-        if self.trace:
-            self.events.append(Event(lane, name, self.layer_number, self.index, start, end))
+        self.events.append(Event(lane, name, self.layer_number, self.index, start, end))
 
     def _core(self, number: int) -> Core:
         if number >= len(self.cores):
@@ -172,33 +186,47 @@ class Machine:
     # -- dma -----------------------------------------------------------------------------------
 
     def _fetch(self, fetch: isa.Fetch, waited: Done) -> Done:
-        core = self._core(fetch.core)
-        sram = (core.weight, core.index, core.parameter)[fetch.memory]
-        span = sram.span(fetch.destination, fetch.length)
-        if not fetch.length:
-            raise MachineError("transfers nothing")
-        if fetch.source + fetch.length > self.region.image_bytes:
+        core, sram, length = self._checked_fetch(fetch)
+        if fetch.source + length > self.region.image_bytes:
             raise MemoryAccessError(
                 f"off-chip image of {self.region.image_bytes} bytes addressed at "
-                f"{fetch.source}..{fetch.source + fetch.length - 1}"
+                f"{fetch.source}..{fetch.source + length - 1}"
             )
-        start = max(waited[0], self.dma_free)
-        if self.arch.overlap == "none":
-            start = max(start, core.compute_free)
-        bits = 8 * fetch.length
-        end = start + timing.offchip_cycles(self.arch, bits)
-        self.dma_free = core.fetch_free = end
+        bits = 8 * length
+        cycles = timing.offchip_cycles(self.arch, bits)
+        end = self._end_of_fetch(core, waited[0], cycles)
         self.counters.fetched_bits += bits
         self.counters.core_sram_bits += bits
-        self._record("dma", f"FETCH {('weight', 'index', 'parameter')[fetch.memory]}", start, end)
+        if self.trace:
+            name = ("weight", "index", "parameter")[fetch.memory]
+            self._record("dma", f"FETCH {name}", end - cycles, end)
         # The timeline needs the index codes too: they decide how long a CONV takes.
         if self.memory is not None or (fetch.memory == isa.MEMORY_INDEX and self.reads_codes):
-            sram.cells.write(span, start, end, whole)
-            data = self.region.image[fetch.source : fetch.source + fetch.length]
-            sram.data[fetch.destination : fetch.destination + fetch.length] = np.frombuffer(
+            sram.cells.write(sram.span(fetch.destination, length), end - cycles, end, whole)
+            data = self.region.image[fetch.source : fetch.source + length]
+            sram.data[fetch.destination : fetch.destination + length] = np.frombuffer(
                 data, np.uint8
             )
         return end, "weights"
+
+    def _checked_fetch(self, fetch: isa.Fetch) -> tuple[Core, Sram, int]:
+        """Give the core, its SRAM and the bytes of a FETCH, or refuse it."""
+        core, length = self._core(fetch.core), fetch.length
+        sram = core.srams[fetch.memory]
+        sram.check(fetch.destination, length)
+        if not length:
+            raise MachineError("transfers nothing")
+        return core, sram, length
+
+    def _end_of_fetch(self, core: Core, waited: int, cycles: int) -> int:
+        """Give when a FETCH ends, for which the DMA is taken until then."""
+        start = waited
+        if self.dma_free > start:
+            start = self.dma_free
+        if self.overlap == "none" and core.compute_free > start:
+            start = core.compute_free
+        self.dma_free = core.fetch_free = end = start + cycles
+        return end
 
     def _move(self, move: isa.Move, waited: Done) -> Done:
         words = move.words * move.rows * move.planes
@@ -215,7 +243,8 @@ class Machine:
             self.counters.map_in_bits += bits
         else:
             self.counters.map_out_bits += bits
-        self._record("dma", f"MOVE {'in' if inward else 'out'}", start, end)
+        if self.trace:
+            self._record("dma", f"MOVE {'in' if inward else 'out'}", start, end)
         bank_size = self.arch.bank_words
         map_size = self.region.offchip_words - self.image_words
         address = move.address - self.image_words
@@ -239,46 +268,58 @@ class Machine:
 
     # -- load ----------------------------------------------------------------------------------
 
-    def _load_start(self, core: Core, waited: Done) -> int:
-        start = max(waited[0], core.load_free)
-        return start if self.arch.overlap == "full" else max(start, core.compute_free)
+    def _end_of_load(self, core: Core, waited: int, cycles: int) -> int:
+        """Give when a PREPARE or FILL ends, for which a core's load unit is taken until then."""
+        start = waited
+        if core.load_free > start:
+            start = core.load_free
+        if self.overlap != "full" and core.compute_free > start:
+            start = core.compute_free
+        core.load_free = end = start + cycles
+        return end
 
     def _prepare(self, prepare: isa.Prepare, waited: Done) -> Done:
         latest = 0
         for number in timing.core_list(prepare.cores, self.arch.cores):
             core = self.cores[number]
-            start = self._load_start(core, waited)
-            core.load_free = start + self.arch.array_fill_cycles
+            cycles = self.arch.array_fill_cycles
+            end = self._end_of_load(core, waited[0], cycles)
             core.open = True
             self.counters.array_fills += 1
-            self._record(f"core {number} load", "PREPARE", start, core.load_free)
-            latest = max(latest, core.load_free)
+            if self.trace:
+                self._record(f"core {number} load", "PREPARE", end - cycles, end)
+            latest = max(latest, end)
         return latest, "weights"
 
     def _fill(self, fill: isa.Fill, waited: Done) -> Done:
-        core = self._core(fill.core)
-        weight_bits = 8 if fill.weight_bits else 4
-        length = fill.count * group_set_bytes(weight_bits)
-        span = core.weight.span(fill.source, length)
-        slots = slice(fill.slot, fill.slot + fill.count)
-        if not fill.count or slots.stop > self.arch.slots(weight_bits):
-            raise MemoryAccessError(
-                f"macro slots {slots.start}..{slots.stop - 1} of {self.arch.slots(weight_bits)}"
-            )
+        core, cost = self._checked_fill(fill)
         if not core.open:
             raise MachineError("writes an array that no PREPARE opened")
-        start = self._load_start(core, waited)
-        end = start + timing.fill_cycles(self.arch, fill)
-        core.load_free = end
-        self.counters.core_sram_bits += 8 * length
-        self.counters.macro_write_bits += timing.fill_bits(self.arch, fill)
-        self._record(f"core {fill.core} load", "FILL", start, end)
+        end = self._end_of_load(core, waited[0], cost.cycles)
+        self.counters.core_sram_bits += 8 * cost.source_bytes
+        self.counters.macro_write_bits += cost.macro_bits
+        start = end - cost.cycles
+        if self.trace:
+            self._record(f"core {fill.core} load", "FILL", start, end)
         if self.memory is not None:
+            slots = slice(fill.slot, fill.slot + fill.count)
+            span = core.weight.span(fill.source, cost.source_bytes)
             core.weight.cells.read(span, start, end, whole)
             core.slots.write(slots, start, end, whole)
-            packed = core.weight.data[fill.source : fill.source + length]
-            core.macros[slots] = unpack_group_sets(packed, weight_bits)
+            packed = core.weight.data[fill.source : fill.source + cost.source_bytes]
+            core.macros[slots] = unpack_group_sets(packed, 8 if fill.weight_bits else 4)
         return end, "weights"
+
+    def _checked_fill(self, fill: isa.Fill) -> tuple[Core, timing.FillCost]:
+        """Give the core and the cost of a FILL, or refuse it."""
+        core = self._core(fill.core)
+        cost = timing.fill_cost(self.arch, fill.count, 8 if fill.weight_bits else 4)
+        core.weight.check(fill.source, cost.source_bytes)
+        if not fill.count or fill.slot + fill.count > cost.slots:
+            raise MemoryAccessError(
+                f"macro slots {fill.slot}..{fill.slot + fill.count - 1} of {cost.slots}"
+            )
+        return core, cost
 
     # -- compute -------------------------------------------------------------------------------
 
@@ -297,15 +338,17 @@ class Machine:
 
     def _compute_start(self, core: Core, waited: Done, banks: Sequence[int]) -> int:
         """Find when a core can start, and book its waiting."""
-        causes = [waited]
-        if self.arch.overlap != "full":
-            causes.append((core.load_free, "weights"))
-        if self.arch.overlap == "none":
-            causes.append((core.fetch_free, "weights"))
-        causes += [(self.bank_move[bank], "maps") for bank in banks]
-        start, cause = max(causes)
+        if self.overlap != "full":
+            waited = max(waited, (core.load_free, "weights"))
+        if self.overlap == "none":
+            waited = max(waited, (core.fetch_free, "weights"))
+        for bank in banks:
+            waited = max(waited, (self.bank_move[bank], "maps"))
+        start, cause = waited
+        if start <= core.compute_free:
+            return core.compute_free
         self._book_wait(core.compute_free, start, cause)
-        return max(start, core.compute_free)
+        return start
 
     def _book_wait(self, since: int, until: int, cause: str) -> None:
         """Book a core's waiting, in its own layer under the last cause.
@@ -313,8 +356,6 @@ class Machine:
         What lies before the end of the layer before is the time in which other cores computed
         that, and maps left behind them; unless the core runs ahead of them.
         """
-        if until <= since:
-            return
         ahead = until <= self.layer.start
         begin = since if ahead else max(since, self.layer.start)
         self.layer.stalls[cause] += until - begin
@@ -344,18 +385,13 @@ class Machine:
         layer.stalls["ports"] += end - start - cost.macro_cycles - latency
         counters.group_sets += cost.group_sets
         counters.macro_accesses += cost.macro_cycles * self.arch.macros_per_core
-        counters.map_reads += sum(cost.reads)
+        reads = sum(cost.reads)
+        counters.map_reads += reads
         counters.map_writes += sum(cost.writes)
-        counters.bank_bits += timing.WORD_BITS * (sum(cost.reads) + cost.written_words)
+        counters.bank_bits += timing.WORD_BITS * (reads + cost.written_words)
         counters.core_sram_bits += 8 * (cost.index_bytes + cost.parameter_bytes)
-        self._record(f"core {number} compute", name, start, end)
-
-    def _output_banks(self, core: Core, contexts: Sequence[int]) -> list[int]:
-        config = core.config
-        banks = {config.output.bank, *(config.context(number).bank for number in contexts)}
-        if config.residual:
-            banks.add(config.residual.bank)
-        return sorted(banks)
+        if self.trace:
+            self._record(f"core {number} compute", name, start, end)
 
     def _conv(self, conv: isa.Conv, waited: Done) -> Done:
         numbers = timing.core_list(conv.cores, self.arch.cores)
@@ -369,22 +405,18 @@ class Machine:
             core.open = False
             load = self._load_of(core, conv)
             cost = timing.conv_cost(self.arch, conv, core.config, load)
-            _refuse_unused(core.config.output, *_UNUSED_BY_MODE[core.config.output.mode])
-            contexts = {segment.context for visit in load.visits for segment in visit.segments}
-            banks = self._output_banks(core, sorted(contexts))
+            _check_output(core.config)
             own_waited = waited
-            if load.splits:
-                splits = True
-                if cost.partial_words:
-                    own_waited = max(waited, (self.dma_free, "maps"))
-                else:
-                    banks = sorted({*banks, conv.partial_bank})
+            splits = splits or load.splits
+            if cost.partial_words:
+                own_waited = max(waited, (self.dma_free, "maps"))
+            start = self._compute_start(core, own_waited, cost.banks)
             loads.append(load)
             costs.append(cost)
-            starts.append(self._compute_start(core, own_waited, banks))
+            starts.append(start)
             offchip_words += cost.partial_words
-            for bank in banks:
-                self.bank_compute[bank] = max(self.bank_compute[bank], starts[-1] + cost.cycles)
+            for bank in cost.banks:
+                self.bank_compute[bank] = max(self.bank_compute[bank], start + cost.cycles)
         if not splits:
             _refuse_unused(conv, "partial", "partial_bank", "partial_base")
         elif conv.partial == isa.PARTIAL_OFFCHIP:
@@ -442,10 +474,9 @@ class Machine:
                 _refuse_unused(instruction, "multiplier_b")
             for context in contexts:
                 _refuse_unused(core.config.context(context), "shift", "kernel_width")
-            banks = self._output_banks(core, contexts)
-            start = self._compute_start(core, waited, banks)
+            start = self._compute_start(core, waited, cost.banks)
             end = start + cost.cycles
-            for bank in banks:
+            for bank in cost.banks:
                 self.bank_compute[bank] = max(self.bank_compute[bank], end)
             self._book(number, name, start, end, cost)
             latest = max(latest, end)
@@ -507,6 +538,12 @@ def _refuse_unused(setting: isa.Instruction, *names: str) -> None:
         if value != _DEFAULTS[type(setting)][name]:
             kind = type(setting).__name__.upper()
             raise MachineError(f"{kind} has {name}={value}, which means nothing here")
+
+
+@functools.lru_cache(maxsize=8192)
+def _check_output(config: timing.CoreConfig) -> None:
+    """Refuse fields of APW that a CONV does not use."""
+    _refuse_unused(config.output, *_UNUSED_BY_MODE[config.output.mode])
 
 
 def _check_span(move: isa.Move, base: int, plane: int, pitch: int, size: int, where: str) -> None:

@@ -78,13 +78,17 @@ class Sram:
         """When they were written and read."""
         return Cells(self.name, -(-self.size // self.grain))
 
-    def span(self, address: int, length: int) -> slice:
-        """Give the cells of some bytes, or refuse them."""
+    def check(self, address: int, length: int) -> None:
+        """Refuse bytes that are not cells of this memory."""
         if address + length > self.size or address % self.grain or length % self.grain:
             raise MemoryAccessError(
                 f"{self.name} of {self.size} bytes in cells of {self.grain} addressed at "
                 f"{address}..{address + length - 1}"
             )
+
+    def span(self, address: int, length: int) -> slice:
+        """Give the cells of some bytes, or refuse them."""
+        self.check(address, length)
         return slice(address // self.grain, (address + length) // self.grain)
 
 
@@ -108,6 +112,7 @@ class Core:
         self.parameter = Sram(
             f"core {number} parameter SRAM", arch.parameter_sram_bits // 8, WORD_CHANNELS
         )
+        self.srams = (self.weight, self.index, self.parameter)  # as FETCH numbers them
         self._slots = max(arch.slots(4), arch.slots(8))
         self.config = CoreConfig()
         self.open = False

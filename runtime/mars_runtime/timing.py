@@ -8,7 +8,7 @@ visit of an output block lasts as long as the busiest of its macros and its two 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -19,17 +19,19 @@ from . import isa
 from .arch import MarsArch
 from .errors import MachineError
 from .maps import RAW_BITS, WORD_BYTES, WORD_CHANNELS
-from .packing import block_parameter_bytes
+from .packing import block_parameter_bytes, group_set_bytes
 
 __all__ = [
     "CoreConfig",
     "Cost",
+    "FillCost",
     "LoadedSegment",
     "Visit",
     "add_cost",
     "configured",
     "conv_cost",
     "decode_load",
+    "fill_cost",
     "offchip_cycles",
     "pool_cost",
     "taps_inside",
@@ -119,7 +121,7 @@ class DecodedLoad:
     segments: int
     codes: int
 
-    @property
+    @functools.cached_property
     def splits(self) -> bool:
         """Whether a sum is continued from, or into, another load."""
         return any(not (visit.first and visit.last) for visit in self.visits)
@@ -199,8 +201,8 @@ class Cost:
     """What one core spends on one instruction.
 
     ``cycles`` with the latency at the end; ``macro_cycles`` of them the macros are busy;
-    ``reads``, ``writes`` are port accesses per bank, ``read_words``, ``written_words`` what they
-    carried; ``partial_words`` travel off-chip.
+    ``reads``, ``writes`` are port accesses per bank, ``written_words`` what the latter carried;
+    ``partial_words`` travel off-chip; ``banks`` are those that are in use, with or without access.
     """
 
     cycles: int
@@ -212,6 +214,7 @@ class Cost:
     partial_words: int = 0
     index_bytes: int = 0
     parameter_bytes: int = 0
+    banks: tuple[int, ...] = ()
 
 
 @functools.lru_cache(maxsize=65536)
@@ -291,6 +294,10 @@ def _conv_cost(
             reads[bank] += visit_reads[bank]
             writes[bank] += visit_writes[bank]
     with_multiplier = apw.mode == isa.MODE_MULTIPLIER
+    contexts = {segment.context for visit in load.visits for segment in visit.segments}
+    banks = _banks(config, contexts)
+    if load.splits and partial_bank is not None:
+        banks.add(partial_bank)
     return Cost(
         cycles + arch.macro_latency_cycles + arch.apw_latency_cycles,
         macro_cycles,
@@ -302,13 +309,29 @@ def _conv_cost(
         # Sixteen accumulators hold one pixel of a block: the codes are walked for every pixel.
         load.segments * isa.SEGMENT_BYTES + pixels * load.codes * isa.CODE_BYTES,
         len(load.visits) * block_parameter_bytes(with_multiplier),
+        tuple(banks),
     )
 
 
-def _apw_cost(arch: MarsArch, reads: Sequence[int], writes: Sequence[int], written: int) -> Cost:
+def _banks(config: CoreConfig, contexts: Iterable[int]) -> set[int]:
+    """Give the banks of an output, its residual and some inputs."""
+    banks = {config.output.bank, *(config.context(number).bank for number in contexts)}
+    if config.residual:
+        banks.add(config.residual.bank)
+    return banks
+
+
+def _apw_cost(
+    arch: MarsArch, config: CoreConfig, contexts: int, reads: Sequence[int], writes: Sequence[int]
+) -> Cost:
     cycles = max(r + w for r, w in zip(reads, writes, strict=True)) + arch.apw_latency_cycles
+    apw = config.output
     return Cost(
-        cycles, reads=(reads[0], reads[1]), writes=(writes[0], writes[1]), written_words=written
+        cycles,
+        reads=(reads[0], reads[1]),
+        writes=(writes[0], writes[1]),
+        written_words=writes[apw.bank] * (1 + apw.wide),
+        banks=tuple(_banks(config, range(contexts))),
     )
 
 
@@ -319,7 +342,7 @@ def pool_cost(arch: MarsArch, pool: isa.Pool, config: CoreConfig, blocks: int) -
     reads, writes = [0, 0], [0, 0]
     reads[sas.bank] = blocks * taps * (1 + sas.wide)
     writes[apw.bank] += blocks * pool.height * pool.width
-    return _apw_cost(arch, reads, writes, writes[apw.bank] * (1 + apw.wide))
+    return _apw_cost(arch, config, 1, reads, writes)
 
 
 def _window_inside(sas: isa.Sas, pool: isa.Pool) -> int:
@@ -346,7 +369,7 @@ def add_cost(arch: MarsArch, add: isa.Add, config: CoreConfig, blocks: int) -> C
         )
         reads[sas.bank] += blocks * inside * (1 + sas.wide)
     writes[apw.bank] += blocks * add.height * add.width
-    return _apw_cost(arch, reads, writes, writes[apw.bank] * (1 + apw.wide))
+    return _apw_cost(arch, config, 1 + add.operands, reads, writes)
 
 
 def offchip_cycles(arch: MarsArch, bits: int) -> int:
@@ -354,15 +377,33 @@ def offchip_cycles(arch: MarsArch, bits: int) -> int:
     return -(-bits // arch.offchip_bits_per_cycle)
 
 
-def fill_bits(arch: MarsArch, fill: isa.Fill) -> int:
-    """Macro cells that FILL writes, in bits: a 4-bit weight takes a whole cell unless paired."""
-    cell = 4 if fill.weight_bits == 0 and arch.dual_4bit_cells else 8
-    return fill.count * arch.group_set_weights * cell
+@attrs.frozen
+class FillCost:
+    """What FILL takes: core cycles, bytes of the weight SRAM, bits written to macro cells.
+
+    ``slots`` is how many group-sets of that width the macros hold.
+    """
+
+    cycles: int
+    source_bytes: int
+    macro_bits: int
+    slots: int
 
 
-def fill_cycles(arch: MarsArch, fill: isa.Fill) -> int:
-    """Core cycles of FILL."""
-    return -(-fill_bits(arch, fill) // arch.macro_write_bits)
+@functools.lru_cache(maxsize=1024)
+def fill_cost(arch: MarsArch, count: int, weight_bits: int) -> FillCost:
+    """Give the cost of FILL for a number of group-sets and the width of their weights.
+
+    A 4-bit weight takes a whole cell unless cells hold pairs.
+    """
+    cell = 4 if weight_bits == 4 and arch.dual_4bit_cells else 8
+    bits = count * arch.group_set_weights * cell
+    return FillCost(
+        -(-bits // arch.macro_write_bits),
+        count * group_set_bytes(weight_bits),
+        bits,
+        arch.slots(weight_bits),
+    )
 
 
 @functools.lru_cache(maxsize=1024)

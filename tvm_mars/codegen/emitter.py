@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
+import numpy as np
 
 from mars_runtime import isa
-from mars_runtime.stopwatch import Issued
+from mars_runtime.stopwatch import Queue, Transfers
 from mars_runtime.timing import DecodedLoad
 
-__all__ = ["CONTROLLER", "DMA", "Emitter", "Lanes", "Span", "compute_lanes", "load_lanes"]
+__all__ = ["CONTROLLER", "DMA", "Emitter", "Lanes", "Run", "Span", "compute_lanes", "load_lanes"]
 
 #: The queues of an instruction's units, a bit for each: the controller's, that of the DMA, of the
 #: cores' load units and of their compute units.
@@ -40,79 +41,142 @@ def compute_lanes(cores: int) -> Lanes:
     return cores << _FIRST_COMPUTE
 
 
-@attrs.define
-class _Emitted:
-    """An instruction with what it waits for: earlier ones, by number."""
+#: Accesses of one memory: by lanes, then by first cell and end, the last instruction with each.
+_Accesses: TypeAlias = dict[Lanes, dict[tuple[int, int], int]]
 
-    instruction: isa.Instruction
-    layer: int
-    waits: list[int]
-    follows: dict[Lanes, int]  # by lanes, the last instruction that must be done
-    loads: Mapping[int, DecodedLoad] | None
-    waiters: list[int] = attrs.field(factory=list)  # that wait for this one
+_NOTHING: Mapping[Lanes, int] = {}
 
 
-#: Accesses of one memory: by first cell, end and lanes, the last instruction with each.
-_Accesses: TypeAlias = dict[tuple[int, int, Lanes], int]
+@attrs.frozen
+class Run:
+    """FETCHes and FILLs in a row, with what they wait for among themselves."""
+
+    transfers: Transfers
+    waits: tuple[tuple[int, ...], ...]  # how far back those are that each waits for
+    waited: Mapping[Lanes, Mapping[Lanes, int]]  # by lane, then by other lanes, the last waited for
 
 
 class Emitter:
-    """Collects instructions and finds what each must wait for."""
+    """Collects instructions and finds what each must wait for.
+
+    Instructions are numbered in the order in which they are emitted.
+    """
 
     def __init__(self) -> None:
-        self.emitted: list[_Emitted] = []
-        self._layer = 0
-        self._first_of_layer = 0
+        self.instructions: list[isa.Instruction] = []
+        self.starts = [0]  # by layer, its first instruction
+        self.waits: list[tuple[int, ...]] = []  # how far back those are that each waits for
+        self.loads: dict[int, Mapping[int, DecodedLoad]] = {}  # by CONV
+        self.transfers: dict[int, Transfers] = {}  # by the first of a run
+        # By instruction of a compute unit and lanes, the last that must be done.
+        self._follows: dict[int, Mapping[Lanes, int]] = {}
         self._reads: defaultdict[object, _Accesses] = defaultdict(dict)
         self._writes: defaultdict[object, _Accesses] = defaultdict(dict)
-        # lane -> lanes of another unit -> the last instruction there that the lane has waited for
-        self._waited: defaultdict[Lanes, dict[Lanes, int]] = defaultdict(dict)
+        # By lanes, for each of them: lanes of another unit, and the last instruction there that
+        # the lane has waited for.
+        self._waited: dict[Lanes, list[dict[Lanes, int]]] = {}
 
     @property
     def layer(self) -> int:
         """The layer that is emitted; they follow each other."""
-        return self._layer
+        return len(self.starts) - 1
 
     @layer.setter
     def layer(self, number: int) -> None:
-        if number != self._layer:
-            self._layer, self._first_of_layer = number, len(self.emitted)
+        if number >= len(self.starts):
+            self.starts.append(len(self.instructions))
 
     def emit(
         self,
         instruction: isa.Instruction,
         lanes: Lanes,
-        reads: Iterable[Span] = (),
-        writes: Iterable[Span] = (),
-        shared: Iterable[Span] = (),
+        after: Mapping[Lanes, int] = _NOTHING,
+        reads: Sequence[Span] = (),
+        writes: Sequence[Span] = (),
+        shared: Sequence[Span] = (),
         loads: Mapping[int, DecodedLoad] | None = None,
-    ) -> None:
-        """Append an instruction that runs on some lanes and touches some memory.
+    ) -> int:
+        """Append an instruction that runs on some lanes and touches some memory; give its number.
 
         Within a layer each core writes words of its own and reads none that another writes, so that
         cores do not wait for each other there, but for ``shared`` memory that is written.
-        ``loads`` is what each core holds, for the time of CONV.
+
+        Parameters
+        ----------
+        after : mapping of lanes to int
+            By lanes, the last instruction that must be done, for other reasons than the memory
+            that is named here.
+        loads : mapping, optional
+            What each core holds, for the time of CONV.
         """
-        index = len(self.emitted)
-        # Compute of this layer, from here on, is beside this instruction if that computes, too.
-        beside = self._first_of_layer if lanes >= _LEAST_COMPUTE else index
+        index = len(self.instructions)
+        self.instructions.append(instruction)
+        if loads is not None:
+            self.loads[index] = loads
+        if reads or writes or shared:
+            follows = self._touch(lanes, index, reads, writes, shared)
+            if lanes >= _LEAST_COMPUTE:
+                self._follows[index] = follows
+            after = _latest(follows, after) if after else follows
+        self.waits.append(self._waits(after, lanes, index) if after else ())
+        return index
+
+    def run(self) -> Run:
+        """Give what was emitted, all of it without memory."""
+        waited = {lanes: known[0] for lanes, known in self._waited.items() if len(known) == 1}
+        return Run(Transfers(tuple(self.instructions)), tuple(self.waits), waited)
+
+    def append(self, run: Run, after: Iterable[tuple[int, Lanes, Lanes, int]] = ()) -> int:
+        """Append a run; give the number of its first instruction.
+
+        Parameters
+        ----------
+        after : iterable of (int, Lanes, Lanes, int)
+            Instructions of the run, counted from 0, with their lane and what must be done before
+            besides: lanes, and the last instruction there. Those of a lane are in order.
+        """
+        first = len(self.instructions)
+        if run.transfers.instructions:
+            self.transfers[first] = run.transfers
+        self.instructions += run.transfers.instructions
+        self.waits += run.waits
+        for place, lane, other, earlier in after:
+            (waited,) = self._known(lane)
+            if waited.get(other, -1) < earlier:
+                waited[other] = earlier
+                index = first + place
+                self.waits[index] += (index - earlier,)
+        for lane, last in run.waited.items():
+            (waited,) = self._known(lane)
+            for other, place in last.items():
+                waited[other] = first + place
+        return first
+
+    def _touch(
+        self,
+        lanes: Lanes,
+        index: int,
+        reads: Sequence[Span],
+        writes: Sequence[Span],
+        shared: Sequence[Span],
+    ) -> dict[Lanes, int]:
+        """Note accesses of an instruction; give what must be done before them."""
         follows: dict[Lanes, int] = {}
+        # Compute of this layer, from here on, is beside this instruction if that computes, too.
+        beside = self.starts[-1] if lanes >= _LEAST_COMPUTE else index
         for memory, first, end in reads:
             if accesses := self._writes[memory]:
-                self._before(accesses, first, end, beside, follows)
+                self._before(accesses, first, end, beside, follows, lanes)
         for spans, since in ((writes, beside), (shared, index)):
             for memory, first, end in spans:
                 for accesses in (self._writes[memory], self._reads[memory]):
-                    if not accesses:
-                        continue
-                    for key in self._before(accesses, first, end, since, follows, lanes):
-                        del accesses[key]
+                    if accesses:
+                        self._before(accesses, first, end, since, follows, lanes, hides=True)
                 # Nothing of its own is hidden: the spans of an instruction do not overlap.
-                self._writes[memory][first, end, lanes] = index
+                self._writes[memory].setdefault(lanes, {})[first, end] = index
         for memory, first, end in reads:
-            self._reads[memory][first, end, lanes] = index
-        waits = self._waits(follows, lanes, index) if follows else []
-        self.emitted.append(_Emitted(instruction, self._layer, waits, follows, loads))
+            self._reads[memory].setdefault(lanes, {})[first, end] = index
+        return follows
 
     def _before(
         self,
@@ -121,101 +185,180 @@ class Emitter:
         end: int,
         beside: int,
         follows: dict[Lanes, int],
-        lanes: Lanes = 0,
-    ) -> list[tuple[int, int, Lanes]]:
-        """Note what must be done before some cells are touched.
+        lanes: Lanes,
+        hides: bool = False,
+    ) -> None:
+        """Note what must be done before some cells are touched by lanes.
 
-        Give the accesses that are hidden if these lanes write the cells anew.
+        Accesses that are ``hidden`` as these lanes write the cells anew are forgotten.
         """
-        hidden = []
-        for key, earlier in accesses.items():
-            low, high, other = key
-            if low >= end or first >= high:
-                continue
-            if earlier >= beside and other >= _LEAST_COMPUTE:
-                # In its place, what it follows itself: its access may have hidden theirs.
-                for before, last in self.emitted[earlier].follows.items():
-                    if follows.get(before, -1) < last:
-                        follows[before] = last
-                if other != lanes:
-                    continue  # nothing waited for that
-            elif follows.get(other, -1) < earlier:
-                follows[other] = earlier
-            if first <= low and high <= end:
-                hidden.append(key)
-        return hidden
+        for other, spans in accesses.items():
+            computes = other >= _LEAST_COMPUTE
+            if other == lanes and not computes:
+                continue  # DMA executes its queue in order
+            hidden = []
+            for (low, high), earlier in spans.items():
+                if low >= end or first >= high:
+                    continue
+                if computes and earlier >= beside:
+                    # In its place, what it follows itself: its access may have hidden theirs.
+                    for before, last in self._follows[earlier].items():
+                        if follows.get(before, -1) < last:
+                            follows[before] = last
+                    if other != lanes:
+                        continue  # nothing waited for that
+                elif follows.get(other, -1) < earlier:
+                    follows[other] = earlier
+                if hides and first <= low and high <= end:
+                    hidden.append((low, high))
+            for span in hidden:
+                del spans[span]
 
-    def _waits(self, follows: dict[Lanes, int], lanes: Lanes, index: int) -> list[int]:
+    def _known(self, lanes: Lanes) -> list[dict[Lanes, int]]:
+        """Give for each of some lanes what it has waited for."""
+        known = self._waited.get(lanes)
+        if known is None:
+            each = [1 << n for n in range(lanes.bit_length()) if lanes >> n & 1]
+            known = [self._known(lane)[0] for lane in each] if len(each) > 1 else [{}]
+            self._waited[lanes] = known
+        return known
+
+    def _waits(self, follows: Mapping[Lanes, int], lanes: Lanes, index: int) -> tuple[int, ...]:
         """Give those that a token is needed for: not the own queue, nor what was waited for."""
-        alone = not lanes & (lanes - 1)
-        if alone:
-            known = [self._waited[lanes]]
-        else:
-            known = [self._waited[1 << n] for n in range(lanes.bit_length()) if lanes >> n & 1]
-        waits = []
+        known = self._known(lanes)
+        waits: tuple[int, ...] = ()
         for other, earlier in follows.items():
-            if other == lanes and alone:
+            if other == lanes and len(known) == 1:
                 continue  # a unit executes its queue in order
-            late = [waited for waited in known if waited.get(other, -1) < earlier]
-            if late:
-                waits.append(earlier)
-                self.emitted[earlier].waiters.append(index)
-                for waited in late:
+            late = False
+            for waited in known:
+                if waited.get(other, -1) < earlier:
                     waited[other] = earlier
+                    late = True
+            if late:
+                waits += (index - earlier,)
         return waits
 
-    def issues(self) -> Iterator[Issued]:
-        """Allot tokens: yield the instructions in program order, with SYNCs where tokens run out.
+    def queue(self) -> Queue:
+        """Give the instructions, with SYNCs where tokens run out.
 
-        An instruction that is waited for takes the lowest free token, until its last waiter. When
-        all are in use, a SYNC joins those that are waited for last.
+        One that is waited for holds a token until its last waiter. When all are held, a SYNC joins
+        the half of them whose next waiters come last.
         """
-        token_of: dict[int, int] = {}
-        holders = [0] * isa.TOKENS
-        used = 0
-        for index, entry in enumerate(self.emitted):
-            mask = 0
-            for earlier in entry.waits:
-                token = token_of[earlier]
-                mask |= 1 << token
-                if self.emitted[earlier].waiters[-1] == index:
-                    del token_of[earlier]
-                    holders[token] -= 1
-                    if not holders[token]:
-                        used ^= 1 << token
-            signal = 0
-            if entry.waiters:
-                if used == _ALL_TOKENS:
-                    joined = self._last_waited(token_of, index)
-                    token, joined_mask = joined[0], sum(1 << one for one in joined)
-                    yield Issued(isa.Sync(), joined_mask, token + 1, entry.layer)
-                    for earlier, held in token_of.items():
-                        if held in joined:
-                            token_of[earlier] = token
-                    holders[token] = sum(holders[one] for one in joined)
-                    used ^= joined_mask ^ 1 << token
-                token = (~used & (used + 1)).bit_length() - 1
-                token_of[index] = token
-                holders[token] += 1
-                used |= 1 << token
-                signal = token + 1
-            yield Issued(entry.instruction, mask, signal, entry.layer, entry.loads)
+        stops = [*self.starts[1:], len(self.instructions)]
+        last = _last_waiters(self.waits)
+        if _most_held(last, len(self.waits)) <= isa.TOKENS:
+            return Queue(self.instructions, self.waits, stops, self.loads, self.transfers)
+        return self._with_syncs(last, stops)
 
-    def _last_waited(self, token_of: Mapping[int, int], index: int) -> list[int]:
-        """Give the half of the tokens whose next waiters come last."""
-        soonest = [len(self.emitted)] * isa.TOKENS
-        for earlier, token in token_of.items():
-            waiters = self.emitted[earlier].waiters
-            soonest[token] = min(soonest[token], waiters[bisect(waiters, index - 1)])
-        return sorted(range(isa.TOKENS), key=lambda token: -soonest[token])[: isa.TOKENS // 2]
-
-    def finish(self) -> tuple[tuple[isa.Instruction, ...], list[int]]:
-        """Give the instructions with their tokens, and each one's layer."""
-        issues = list(self.issues())
-        instructions = tuple(
-            attrs.evolve(one.instruction, wait=one.wait, signal=one.signal) for one in issues
+    def _with_syncs(self, last: Mapping[int, int], stops: Sequence[int]) -> Queue:
+        """Give the instructions with SYNCs; ``last`` has the last waiter of each."""
+        before: list[int] = []  # the instructions before which a SYNC stands
+        waits_of: list[tuple[int, ...]] = []
+        signals: dict[int, int] = {}  # by what is still waited for, who signals, by place
+        members: dict[int, int] = {}  # of a SYNC, by place, for how many
+        waiters: dict[int, list[int]] = {}
+        for index, waits in enumerate(self.waits):
+            for back in waits:
+                waiters.setdefault(index - back, []).append(index)
+        held = 0
+        for index, waits in enumerate(self.waits):
+            waited, place = waits, index + len(before)
+            if waits:
+                if before and index - max(waits) < before[-1]:
+                    waited = tuple({place - signals[index - back] for back in waits})
+                for back in waits:
+                    if last[index - back] == index:
+                        sync = signals.pop(index - back)
+                        if sync not in members:
+                            held -= 1
+                        else:
+                            members[sync] -= 1
+                            held -= not members[sync]
+            if index in last:
+                if held == isa.TOKENS:
+                    chosen = _last_waited(signals, waiters, index)
+                    waits_of.append(tuple(place - one for one in chosen))
+                    joined = [one for one, who in signals.items() if who in chosen]
+                    signals |= dict.fromkeys(joined, place)
+                    members[place] = len(joined)
+                    before.append(index)
+                    held -= len(chosen) - 1
+                    waited, place = tuple(back + 1 for back in waited), place + 1
+                signals[index] = place
+                held += 1
+            waits_of.append(waited)
+        instructions = list(self.instructions)
+        for index in reversed(before):
+            instructions.insert(index, isa.Sync())
+        return Queue(
+            instructions,
+            waits_of,
+            [stop + bisect_left(before, stop) for stop in stops],
+            {index + bisect(before, index): loads for index, loads in self.loads.items()},
+            {
+                index + bisect(before, index): run
+                for index, run in self.transfers.items()
+                if bisect(before, index) == bisect_left(before, index + len(run))
+            },
         )
-        return instructions, [one.layer for one in issues]
+
+    def finish(self) -> tuple[tuple[isa.Instruction, ...], Sequence[int]]:
+        """Give the instructions with their tokens, and for each layer the end of its own.
+
+        An instruction that is waited for takes the lowest free token.
+        """
+        queue = self.queue()
+        last = _last_waiters(queue.waits)
+        token_of: dict[int, int] = {}
+        used = 0  # a mask, as tokens are here
+        instructions = []
+        for place, (instruction, waits) in enumerate(
+            zip(queue.instructions, queue.waits, strict=True)
+        ):
+            wait = signal = 0
+            for earlier in (place - back for back in waits):
+                wait |= token_of[earlier]
+                if last[earlier] == place:
+                    used ^= token_of.pop(earlier)
+            if place in last:
+                token = token_of[place] = ~used & (used + 1)
+                used |= token
+                signal = token.bit_length()
+            instructions.append(attrs.evolve(instruction, wait=wait, signal=signal))
+        return tuple(instructions), queue.stops
 
 
-_ALL_TOKENS = (1 << isa.TOKENS) - 1
+def _latest(one: Mapping[Lanes, int], other: Mapping[Lanes, int]) -> dict[Lanes, int]:
+    """Give for all lanes of either the later instruction."""
+    return {lanes: max(one.get(lanes, -1), other.get(lanes, -1)) for lanes in {**one, **other}}
+
+
+def _last_waiters(waits: Sequence[tuple[int, ...]]) -> dict[int, int]:
+    """Give for each instruction that others wait for the last of them."""
+    return {place - back: place for place, backs in enumerate(waits) if backs for back in backs}
+
+
+def _last_waited(
+    signals: Mapping[int, int], waiters: Mapping[int, Sequence[int]], index: int
+) -> set[int]:
+    """Give the half of those that signal, by place, whose next waiters come last.
+
+    ``signals`` has who signals for each instruction that is still waited for.
+    """
+    soonest: dict[int, int] = {}
+    for earlier, place in signals.items():
+        of_earlier = waiters[earlier]
+        next_waiter = of_earlier[bisect_left(of_earlier, index)]
+        soonest[place] = min(soonest.get(place, next_waiter), next_waiter)
+    ordered = sorted(soonest, key=lambda place: (-soonest[place], place))
+    return set(ordered[: isa.TOKENS // 2])
+
+
+def _most_held(last: Mapping[int, int], count: int) -> int:
+    """Give how many of ``count`` instructions are waited for at once, at most."""
+    if len(last) <= isa.TOKENS:
+        return len(last)
+    signalled = np.bincount(list(last), minlength=count)
+    done = np.bincount(list(last.values()), minlength=count)
+    return int((signalled - done).cumsum().max())

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
-import numpy as np
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
@@ -24,7 +23,7 @@ from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_ste
 from ..schedule.plan import Window, input_windows
 from .emitter import CONTROLLER, DMA, Emitter, Span, compute_lanes
 from .image import Content, Image, LoadImage, decoded_load
-from .loading import Loader, Turn, turns
+from .loading import Loader, Tile, Turn, turns
 
 __all__ = ["generate", "time_schedule"]
 
@@ -52,6 +51,16 @@ class _Source:
         return (("bank", self.place.bank), self.place.base, self.place.base + size)
 
 
+@attrs.frozen
+class _Rows:
+    """What computing some rows of a convolution's tile sets and touches, whatever the load."""
+
+    settings: list[tuple[object, list[_Setting]]]  # by register
+    position: tuple[int, int]  # of the tile in the written map
+    reads: list[Span]
+    writes: Span
+
+
 class _Generator:
     def __init__(
         self,
@@ -77,6 +86,9 @@ class _Generator:
         self.addresses: dict[str, int] = {}
         self.settings: dict[tuple[int, object], object] = {}  # by core and register
         self.staged: dict[Place, tuple[str, Window]] = {}
+        # By layer and tile; and first row. Every load meets them again.
+        self.windows: dict[tuple[int, Tile], tuple[Window, ...]] = {}
+        self.rows: dict[tuple[int, Tile, int], _Rows] = {}
         self.partial_base = 0
 
     def emit(self) -> None:
@@ -100,9 +112,9 @@ class _Generator:
 
     def timeline(self) -> Timeline:
         """Time what was emitted."""
-        stream = list(self.out.issues())
-        layers = self._layer_table([one.layer for one in stream])
-        return Stopwatch(self.arch, layers, self.image_bytes, self.next_word).time(stream)
+        queue = self.out.queue()
+        layers = self._layer_table(queue.stops)
+        return Stopwatch(self.arch, layers, self.image_bytes, self.next_word).time(queue)
 
     def region(
         self, input_names: Sequence[str], output_names: Sequence[str], network: str
@@ -124,11 +136,11 @@ class _Generator:
             )
             for name, entry in zip(input_names, self.graph.inputs, strict=True)
         )
-        instructions, layer_of = self.out.finish()
+        instructions, stops = self.out.finish()
         return Region(
             inputs,
             outputs,
-            self._layer_table(layer_of),
+            self._layer_table(stops),
             isa.encode_all(instructions),
             b"".join([*self.image.tables, *self.image.weights]),
             self.image_bytes,
@@ -136,11 +148,10 @@ class _Generator:
             network,
         )
 
-    def _layer_table(self, layer_of: Sequence[int]) -> tuple[LayerInfo, ...]:
-        ends = np.searchsorted(layer_of, np.arange(len(self.steps)), side="right")
+    def _layer_table(self, stops: Sequence[int]) -> tuple[LayerInfo, ...]:
         table = []
         start = 0
-        for step, end in zip(self.steps, ends, strict=True):
+        for step, end in zip(self.steps, stops, strict=True):
             layer = step.layer
             packed = self.packed.get(layer.name)
             table.append(
@@ -148,13 +159,13 @@ class _Generator:
                     layer.name if not step.pool else f"{layer.name}+{step.pool.name}",
                     layer.kind,
                     start,
-                    int(end),
+                    end,
                     layer_macs(layer, self.types),
                     packed.group_sets if packed else 0,
                     packed.dense_group_sets if packed else 0,
                 )
             )
-            start = int(end)
+            start = end
         return tuple(table)
 
     # -- memory ----------------------------------------------------------------------------------
@@ -264,7 +275,10 @@ class _Generator:
     ) -> list[_Source]:
         """Move a tile's staged inputs in, and say where each input lies."""
         sources = []
-        windows = input_windows(step, self.types, tile)
+        windows = self.windows.get((self.out.layer, tile))
+        if windows is None:
+            windows = input_windows(step, self.types, tile)
+            self.windows[self.out.layer, tile] = windows
         for name, window, place, staged in zip(
             step.layer.inputs, windows, schedule.inputs, schedule.staged, strict=True
         ):
@@ -304,7 +318,6 @@ class _Generator:
 
     def _sas(
         self,
-        cores: Sequence[int],
         context: int,
         source: _Source,
         skipped: int = 0,
@@ -312,8 +325,8 @@ class _Generator:
         dilation: tuple[int, int] = (1, 1),
         kernel_width: int = 1,
         shift: int = 0,
-    ) -> None:
-        """Set an input context for a tile without its first ``skipped`` rows."""
+    ) -> tuple[object, list[_Setting]]:
+        """Give an input context for a tile without its first ``skipped`` rows."""
         fields = {
             "context": context,
             "bank": source.place.bank,
@@ -333,16 +346,16 @@ class _Generator:
             "origin_x": source.origin[1],
             "kernel_width": kernel_width,
         }
-        self._set(cores, context, [(isa.Sas, fields)])
+        return context, [(isa.Sas, fields)]
 
     def _apw(
-        self, cores: Sequence[int], fields: dict[str, int], residual: dict[str, int] | None = None
-    ) -> None:
-        """Set the APW and its residual; an APW setting clears the residual."""
+        self, fields: dict[str, int], residual: dict[str, int] | None = None
+    ) -> tuple[object, list[_Setting]]:
+        """Give the APW with its residual; an APW setting clears the residual."""
         settings: list[_Setting] = [(isa.Apw, fields)]
         if residual is not None:
             settings.append((isa.Residual, residual))
-        self._set(cores, "apw", settings)
+        return "apw", settings
 
     def _target(
         self, step: Step, schedule: LayerSchedule, tile: Sequence[int], block: int, blocks: int
@@ -385,17 +398,19 @@ class _Generator:
         load = self._load(turn)
         sources = self._sources(step, schedule, tile, 0, None)
         self.loader.ahead(turn)  # behind the maps that this turn waits for
-        partial_base = self.partial_base
+        partial_base, row_words = self.partial_base, 0
+        if schedule.partial != "none":  # of one written row of the tile, per core
+            row_words = RAW_WORDS * math.prod(step.pooling) * tile[3]
         if schedule.partial == "offchip":
             partial_base += place * self._partial_words(step, schedule)
         shares = list(schedule.shares(tile, self.arch.cores))
+        alone = schedule.apart or schedule.chained
         for share in shares:
             cores = [core for core in share.cores if load.cores[core]]
             slack = shares[0].height - share.height
-            base = partial_base + self._row_words(step, tile) * slack * share.cores[0]
+            base = partial_base + row_words * slack * share.cores[0]
             if not cores:
                 continue
-            alone = schedule.apart or schedule.chained
             for group in [[core] for core in cores] if alone else [cores]:
                 # All cores of a chain pass their sums on in one place, that of the last core.
                 skip = self.arch.cores - 1 - group[0] if schedule.chained else 0
@@ -405,7 +420,7 @@ class _Generator:
                     schedule,
                     tile,
                     turn,
-                    base + self._row_words(step, tile) * tile[2] * skip,
+                    base + row_words * tile[2] * skip,
                     sources,
                     share.first,
                     share.height,
@@ -413,10 +428,6 @@ class _Generator:
                 )
         if schedule.output_staged:
             self._move_finished(step, schedule, tile, load)
-
-    def _row_words(self, step: Step, tile: Sequence[int]) -> int:
-        """Words of the partial sums of one written row of a tile, per core."""
-        return RAW_WORDS * math.prod(step.pooling) * tile[3]
 
     def _conv_share(
         self,
@@ -432,14 +443,70 @@ class _Generator:
         cores: Sequence[int],
     ) -> None:
         """Emit what some cores do of a tile: rows from ``first`` on."""
-        loaded = self.loader.loaded[turn]
-        image = loaded.image
-        pieces = self._load(turn).cores
-        splits = any(not (piece.first and piece.last) for core in cores for piece in pieces[core])
+        loaded, load = self.loader.loaded[turn], self._load(turn)
+        splits = not load.cut_cores.isdisjoint(cores)
+        rows = self.rows.get((self.out.layer, tile, first))
+        if rows is None:
+            rows = self._rows(step, layer, schedule, tile, sources, first)
+            self.rows[self.out.layer, tile, first] = rows
+        for register, settings in rows.settings:
+            self._set(cores, register, settings)
+        bank = schedule.partial_place.bank if splits and schedule.partial_place else 0
+        writes: list[Span] = [rows.writes]
+        shared: list[Span] = []
+        if splits:
+            kind = self.types[step.output]
+            memory = "offchip" if schedule.partial == "offchip" else ("bank", bank)
+            words = self._partial_words(step, schedule)
+            # Where tiles or shares differ in size, a core's partial sums lie in another's place.
+            alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
+            alike = alike and kind.width % schedule.tile[1] == 0
+            alike = alike and not schedule.chained
+            place = self.partial_base if schedule.chained else partial_base
+            (writes if alike else shared).append((memory, place, place + words))
+        mask = _mask(cores)
+        self.loader.computes(cores)
+        decoded: Mapping[int, DecodedLoad] | None = None
+        if self.image.content == "sizes":
+            decoded = decoded_load(self.packed[layer.name], load)
+        y, x = rows.position
+        lanes = compute_lanes(mask)
+        loaded.readers[lanes] = self.out.emit(
+            isa.Conv(
+                cores=mask,
+                descriptor=loaded.index,
+                codes=loaded.index + loaded.image.parts.descriptor_bytes,
+                parameters=loaded.parameters,
+                slot=loaded.slot,
+                y=y + first,
+                x=x,
+                height=height,
+                width=tile[3],
+                partial=int(splits and schedule.partial == "offchip"),
+                partial_bank=bank,
+                partial_base=partial_base if splits else 0,
+            ),
+            lanes,
+            loaded.before(cores),
+            rows.reads,
+            writes,
+            shared,
+            decoded,
+        )
+
+    def _rows(
+        self,
+        step: Step,
+        layer: Conv,
+        schedule: LayerSchedule,
+        tile: Tile,
+        sources: Sequence[_Source],
+        first: int,
+    ) -> _Rows:
+        """Give what computing a tile's rows from ``first`` on sets and touches."""
         skipped = first * step.pooling[0]
-        for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False)):
+        settings = [
             self._sas(
-                cores,
                 context,
                 source,
                 skipped,
@@ -448,52 +515,13 @@ class _Generator:
                 term.kernel[1],
                 term.shift,
             )
-        kind = self.types[step.output]
-        target, (y, x), out_span = self._target(step, schedule, tile, 0, kind.blocks)
+            for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False))
+        ]
+        blocks = self.types[step.output].blocks
+        target, position, writes = self._target(step, schedule, tile, 0, blocks)
         residual = self._residual(step, layer, schedule, tile, sources, skipped)
-        self._apw(cores, self._conv_apw(step, layer, target), residual)
-        partial = schedule.partial_place or Place(0, 0)
-        reads: list[Span] = [source.span for source in sources]
-        writes: list[Span] = [out_span]
-        shared: list[Span] = []
-        if splits:
-            memory = "offchip" if schedule.partial == "offchip" else ("bank", partial.bank)
-            words = self._partial_words(step, schedule)
-            # Where tiles or shares differ in size, a core's partial sums lie in another's place.
-            alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
-            alike = alike and kind.width % schedule.tile[1] == 0
-            alike = alike and not schedule.chained
-            place = self.partial_base if schedule.chained else partial_base
-            (writes if alike else shared).append((memory, place, place + words))
-        for core in cores:
-            reads += loaded.spans[core]
-        mask = _mask(cores)
-        self.loader.computes(cores)
-        decoded: dict[int, DecodedLoad] | None = None
-        if self.image.content == "sizes":
-            packed, load = self.packed[layer.name], self._load(turn)
-            decoded = {core: decoded_load(packed, load, core) for core in cores}
-        self.out.emit(
-            isa.Conv(
-                cores=mask,
-                descriptor=loaded.index,
-                codes=loaded.index + image.descriptor_bytes,
-                parameters=loaded.parameters,
-                slot=loaded.slot,
-                y=y + first,
-                x=x,
-                height=height,
-                width=tile[3],
-                partial=int(splits and schedule.partial == "offchip"),
-                partial_bank=partial.bank if splits else 0,
-                partial_base=partial_base if splits else 0,
-            ),
-            compute_lanes(mask),
-            reads,
-            writes,
-            shared,
-            decoded,
-        )
+        settings.append(self._apw(self._conv_apw(step, layer, target), residual))
+        return _Rows(settings, position, [source.span for source in sources], writes)
 
     def _load(self, turn: int) -> Load:
         number = self.turns[turn].load
@@ -578,10 +606,8 @@ class _Generator:
         sources = self._sources(step, schedule, tile, block, blocks)
         cores = tuple(range(min(self.arch.cores, blocks)))
         for context, source in enumerate(sources):
-            if isinstance(layer, Pool):
-                self._sas(cores, context, source, stride=layer.stride)
-            else:
-                self._sas(cores, context, source)
+            stride = layer.stride if isinstance(layer, Pool) else (1, 1)
+            self._set(cores, *self._sas(context, source, stride=stride))
         target, (y, x), out_span = self._target(step, schedule, tile, block, blocks)
         requant = layer.requant
         fields = dict(target)
@@ -592,7 +618,7 @@ class _Generator:
                 "low": requant.low,
                 "high": requant.high,
             }
-        self._apw(cores, fields)
+        self._set(cores, *self._apw(fields))
         mask = _mask(cores)
         shape = {
             "cores": mask,
@@ -626,8 +652,8 @@ class _Generator:
         self.out.emit(
             instruction,
             compute_lanes(mask),
-            [source.span for source in sources],
-            [out_span],
+            reads=[source.span for source in sources],
+            writes=[out_span],
         )
         if schedule.output_staged:
             window = Window(tile[0], tile[1], tile[2], tile[3], (0, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import attrs
@@ -19,14 +19,14 @@ from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit
 from ..pack import PackedBlock, PackedConv
 from ..schedule import Load, Piece
 
-__all__ = ["Content", "CoreImage", "Image", "LoadImage", "decoded_load"]
+__all__ = ["Content", "CoreImage", "Image", "LoadImage", "LoadParts", "decoded_load"]
 
 Content: TypeAlias = Literal["all", "tables", "sizes"]
 
 
 @attrs.frozen
 class CoreImage:
-    """Where one core's part of a load lies off-chip, in bytes."""
+    """Where one core's part of a load lies off-chip, in bytes from the load's tables or weights."""
 
     index: int
     index_bytes: int
@@ -36,12 +36,30 @@ class CoreImage:
     group_sets: int
 
 
-@attrs.frozen
-class LoadImage:
-    """A load's cores, and the bytes of descriptor before their index codes."""
+@attrs.frozen(eq=False)
+class LoadParts:
+    """A load's cores, all of them and those that hold group-sets, and what they take in all.
+
+    Descriptors are padded to the longest, so that one CONV finds every core's codes.
+    """
 
     cores: dict[int, CoreImage]
+    filling: dict[int, CoreImage]
     descriptor_bytes: int
+    table_bytes: int
+    weight_bytes: int
+    most_index_bytes: int
+    most_parameter_bytes: int
+    most_group_sets: int
+
+
+@attrs.frozen
+class LoadImage:
+    """A load's parts and where its tables and weights begin, in bytes."""
+
+    parts: LoadParts
+    tables: int
+    weights: int
 
 
 class Image:
@@ -61,33 +79,16 @@ class Image:
         self.table_bytes = self.weight_bytes = 0
 
     def add_load(self, packed: PackedConv, load: Load) -> LoadImage:
-        """Add a load's data; weight addresses count from the end of the tables.
-
-        Descriptors are padded to the longest, so that one CONV finds every core's codes.
-        """
-        longest = isa.SEGMENT_BYTES * max(
-            (_segments(packed, load.cores[core]) for core in load.active), default=0
-        )
-        cores = {}
-        for core in load.active:
+        """Add a load's data; weight addresses count from the end of the tables."""
+        parts = load_parts(packed, load)
+        image = LoadImage(parts, self.table_bytes, self.weight_bytes)
+        self.table_bytes += parts.table_bytes
+        self.weight_bytes += parts.weight_bytes
+        for core in load.active if self.content != "sizes" else ():
             pieces = load.cores[core]
-            group_sets = load.group_sets(core)
-            index_bytes = longest + group_sets * isa.CODE_BYTES
-            parameter_bytes = len(pieces) * packed.parameter_bytes
-            cores[core] = CoreImage(
-                self.table_bytes,
-                index_bytes,
-                self.table_bytes + index_bytes,
-                parameter_bytes,
-                self.weight_bytes,
-                group_sets,
-            )
-            self.table_bytes += index_bytes + parameter_bytes
-            self.weight_bytes += group_sets * group_set_bytes(packed.weight_bits)
-            if self.content != "sizes":
-                descriptor, codes = _index_words(packed, pieces)
-                index = descriptor.ljust(longest, b"\0") + codes
-                self.tables += [index, _parameters(packed, pieces)]
+            descriptor, codes = _index_words(packed, pieces)
+            index = descriptor.ljust(parts.descriptor_bytes, b"\0") + codes
+            self.tables += [index, _parameters(packed, pieces)]
             if self.content == "all":
                 self.weights += [
                     pack_group_sets(
@@ -97,7 +98,36 @@ class Image:
                     for piece in pieces
                     if piece.group_sets
                 ]
-        return LoadImage(cores, longest)
+        return image
+
+
+@functools.lru_cache(maxsize=16384)
+def load_parts(packed: PackedConv, load: Load) -> LoadParts:
+    """Give where the parts of a load's cores lie."""
+    longest = isa.SEGMENT_BYTES * max(
+        (_segments(packed, load.cores[core]) for core in load.active), default=0
+    )
+    cores = {}
+    tables = weights = 0
+    for core in load.active:
+        group_sets = load.group_sets(core)
+        index_bytes = longest + group_sets * isa.CODE_BYTES
+        parameter_bytes = len(load.cores[core]) * packed.parameter_bytes
+        cores[core] = CoreImage(
+            tables, index_bytes, tables + index_bytes, parameter_bytes, weights, group_sets
+        )
+        tables += index_bytes + parameter_bytes
+        weights += group_sets * group_set_bytes(packed.weight_bits)
+    return LoadParts(
+        cores,
+        {core: part for core, part in cores.items() if part.group_sets},
+        longest,
+        tables,
+        weights,
+        max((part.index_bytes for part in cores.values()), default=0),
+        max((part.parameter_bytes for part in cores.values()), default=0),
+        max((part.group_sets for part in cores.values()), default=0),
+    )
 
 
 def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
@@ -107,10 +137,14 @@ def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
 
 
 @functools.lru_cache(maxsize=16384)
-def decoded_load(packed: PackedConv, load: Load, core: int) -> DecodedLoad:
-    """Give what the machine makes of one core's tables (macro slots count from 0)."""
+def decoded_load(packed: PackedConv, load: Load) -> Mapping[int, DecodedLoad]:
+    """Give what the machine makes of each core's tables (macro slots count from 0)."""
+    return {core: _decoded(packed, load.cores[core]) for core in load.active}
+
+
+def _decoded(packed: PackedConv, pieces: Sequence[Piece]) -> DecodedLoad:
     visits, slot = [], 0
-    for piece in load.cores[core]:
+    for piece in pieces:
         block = packed.blocks[piece.block]
         segments = []
         for start, stop in block.segments(piece.start, piece.stop):

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import attrs
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
-from mars_runtime.maps import MapType
+from mars_runtime.maps import WORD_CHANNELS, MapType
 from mars_runtime.packing import group_set_bytes
 
 from ..pack import PackedConv
 from ..schedule.plan import Step
 from ..schedule.types import LayerSchedule, ScheduleError
-from .emitter import DMA, Emitter, Span, load_lanes
-from .image import CoreImage, LoadImage
+from .emitter import DMA, Emitter, Lanes, Run, compute_lanes, load_lanes
+from .image import LoadImage, LoadParts
 
 __all__ = ["Loaded", "Loader", "Turn", "turns"]
 
 Tile = tuple[int, int, int, int]
 
-_PAGE = 2048  # bytes: the default chunk of 8-bit group-sets
+_WEIGHT_CELL = group_set_bytes(4)
 
 
 @attrs.frozen
@@ -55,15 +58,58 @@ def turns(
                 yield Turn(step, schedule, number, load, part, last)
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Loaded:
-    """Where a load's tables and group-sets lie on every core, and what a CONV reads of each."""
+    """Where a load's tables and group-sets lie on every core, who brought and who reads them."""
 
     image: LoadImage
     index: int
     parameters: int
     slot: int = 0
-    spans: dict[int, list[Span]] = attrs.field(factory=dict)
+    fetched: dict[int, int] = attrs.field(factory=dict)  # by core, the last FETCH of its tables
+    filled: dict[int, int] = attrs.field(factory=dict)  # by core, the last FILL
+    readers: dict[Lanes, int] = attrs.field(factory=dict)  # by lanes, the last CONV
+
+    def before(self, cores: Iterable[int]) -> dict[Lanes, int]:
+        """Give what must be done before a CONV of some cores."""
+        after = {load_lanes(1 << core): self.filled[core] for core in cores if core in self.filled}
+        after[DMA] = max(self.fetched[core] for core in cores)
+        return after
+
+
+class _Cells:
+    """Which load each cell, of ``grain`` units, of one core's memory holds."""
+
+    def __init__(self, core: int, size: int, grain: int = 1) -> None:
+        self.lanes, self.grain = compute_lanes(1 << core), grain
+        self.loads: list[Loaded | None] = [None] * -(-size // grain)
+
+    def take(
+        self, first: int, length: int, load: Loaded, chunk: int | None = None
+    ) -> list[tuple[int, Lanes, int]]:
+        """Give some units to a load; they are written in order, so many cells at a time or all.
+
+        Returns
+        -------
+        What must be done before: the number of the first writing for which it must, lanes, and the
+        last instruction there.
+        """
+        first, count = first // self.grain, length // self.grain
+        chunk = chunk or count
+        held = self.loads[first : first + count]
+        self.loads[first : first + count] = [load] * count
+        after: dict[tuple[int, Lanes], int] = {}
+        for earlier in {*held}:
+            if earlier is not None:
+                part = held.index(earlier) // chunk
+                for lanes, reader in earlier.readers.items():
+                    if lanes & self.lanes and after.get((part, lanes), -1) < reader:
+                        after[part, lanes] = reader
+        return [(part, lanes, after[part, lanes]) for part, lanes in sorted(after)]
+
+
+# Of a ring: size, next, and what is still needed.
+_State: TypeAlias = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 @attrs.define
@@ -75,7 +121,18 @@ class _Ring:
     next: int = 0
     held: dict[int, tuple[int, int]] = attrs.field(factory=dict)  # by turn: first and end
 
+    @property
+    def state(self) -> _State:
+        """Size, next, and what is still needed."""
+        return self.size, self.next, tuple(self.held.values())
+
     def take(self, length: int, turn: int, at: int | None = None) -> int:
+        """Give the next cells, which a turn needs (see :meth:`find`)."""
+        start = self.find(length, at)
+        self.held[turn] = (start, start + length)
+        return start
+
+    def find(self, length: int, at: int | None = None) -> int:
         """Give the next cells, from the start again when the end is reached.
 
         Where those are still needed, the first behind something that is; ``at`` is tried instead of
@@ -88,7 +145,6 @@ class _Ring:
             if start + length <= self.size and all(
                 start >= end or first >= start + length for first, end in held
             ):
-                self.held[turn] = (start, start + length)
                 self.next = start + length
                 return start
         used = sum(end - first for first, end in held)
@@ -121,14 +177,19 @@ class Loader:
         self.open: set[int] = set()
         self.index = _Ring("index SRAM bytes", arch.index_sram_bits // 8)
         self.parameters = _Ring("parameter SRAM bytes", arch.parameter_sram_bits // 8)
-        self.weight = [
-            _Ring("weight SRAM bytes", arch.weight_sram_bits // 8) for _ in range(arch.cores)
-        ]
+        cores, weight_bytes = range(arch.cores), arch.weight_sram_bits // 8
+        self.weight = [_Ring("weight SRAM bytes", weight_bytes) for _ in cores]
+        # For each core the last FILL from any cell of its weight SRAM, and from each.
+        self.last_fill = [-1 for _ in cores]
+        self.emptied = [[-1] * (weight_bytes // _WEIGHT_CELL) for _ in cores]
+        self.index_cells = [_Cells(core, self.index.size, isa.CODE_BYTES) for core in cores]
+        self.parameter_cells = [_Cells(core, self.parameters.size, WORD_CHANNELS) for core in cores]
+        self.slot_cells = [_Cells(core, max(arch.slots(4), arch.slots(8))) for core in cores]
         self.slots = _Ring("macro slots", 0)
         self.width = 0  # of the weights in the arrays
         self.loaded: dict[int, Loaded] = {}
-        # By turn, where the cores' weights lie in their SRAM.
-        self.waiting: dict[int, dict[int, tuple[int, list[Span]]]] = {}
+        # By turn, where the cores' weights lie in their SRAM, and the FETCH that brought them.
+        self.waiting: dict[int, dict[int, tuple[int, int]]] = {}
 
     def _due(self, ahead: Sequence[int]) -> list[int]:
         """Give the turn before which each load is due; never before that of an earlier load."""
@@ -181,20 +242,32 @@ class Loader:
         self._prepare(image)
         self._tables(number, image)
         weight_bits = self.packed[turn.schedule.layer].weight_bits
-        slot = self._slot(number, turn, image, weight_bits)
-        size = group_set_bytes(weight_bits)
-        chunk = min(turn.schedule.fetch_chunk, self.arch.weight_sram_bits // 8 // size)
-        filling = _filling(image)
-        most = max((part.group_sets for part in filling.values()), default=0)
-        for start in range(0, most, chunk):
-            for core, part in filling.items():
-                count = min(chunk, part.group_sets - start)
-                if count <= 0:
-                    continue
-                at = self.weight[core].take(count * size, number)
-                pages = self._fetch_weights(core, part, start * size, count * size, at)
-                self._fill_slots(core, at, slot + start, count, weight_bits, pages)
-                del self.weight[core].held[number]
+        self._slot(number, turn, image, weight_bits)
+        loaded = self.loaded[number]
+        room = self.arch.weight_sram_bits // 8 // group_set_bytes(weight_bits)
+        chunk = min(turn.schedule.fetch_chunk, room)
+        chunks = _chunks(
+            image.parts,
+            self.weights_base + image.weights,
+            chunk,
+            weight_bits,
+            loaded.slot,
+            tuple([self.weight[core].state for core in image.parts.filling]),
+        )
+        after = []
+        for fetch, core, lane, first, end in chunks.fetches:
+            if self.last_fill[core] >= 0:
+                after.append((fetch, DMA, lane, max(self.emptied[core][first:end])))
+        for core, fills in chunks.fills.items():
+            lane, count = load_lanes(1 << core), image.parts.cores[core].group_sets
+            readers = self.slot_cells[core].take(loaded.slot, count, loaded, chunk)
+            after += [(fills[part], lane, other, last) for part, other, last in readers]
+        start = self.out.append(chunks.run, after)
+        for core, next in chunks.next.items():
+            self.weight[core].next = next
+            loaded.filled[core] = self.last_fill[core] = start + chunks.fills[core][-1]
+            for first, end, fill in chunks.emptied[core]:
+                self.emptied[core][first:end] = [start + fill] * (end - first)
 
     def _fetch(self, number: int, turn: Turn) -> None:
         """Fetch a load that is filled later."""
@@ -202,23 +275,25 @@ class Loader:
         self._tables(number, image)
         size = group_set_bytes(self.packed[turn.schedule.layer].weight_bits)
         self.waiting[number] = {}
-        for core, part in _filling(image).items():
+        for core, part in image.parts.filling.items():
             length = part.group_sets * size
             at = self.weight[core].take(length, number)
-            self.waiting[number][core] = at, self._fetch_weights(core, part, 0, length, at)
+            source = self.weights_base + image.weights + part.weights
+            self.waiting[number][core] = at, self._fetch_weights(core, source, length, at)
 
     def _fill(self, number: int, turn: Turn) -> None:
         """Fill the arrays from the weight SRAMs."""
         image = self._image(turn)
         weight_bits = self.packed[turn.schedule.layer].weight_bits
         self._prepare(image)
-        slot = self._slot(number, turn, image, weight_bits)
-        for core, (at, pages) in self.waiting.pop(number).items():
-            self._fill_slots(core, at, slot, image.cores[core].group_sets, weight_bits, pages)
+        self._slot(number, turn, image, weight_bits)
+        for core, (at, fetch) in self.waiting.pop(number).items():
+            count = image.parts.cores[core].group_sets
+            self._fill_slots(number, core, at, count, weight_bits, fetch)
             del self.weight[core].held[number]
 
     def _prepare(self, image: LoadImage) -> None:
-        closed = [core for core in _filling(image) if core not in self.open]
+        closed = [core for core in image.parts.filling if core not in self.open]
         if not closed:
             return
         mask = sum(1 << core for core in closed)
@@ -227,27 +302,22 @@ class Loader:
 
     def _tables(self, number: int, image: LoadImage) -> None:
         """Fetch tables to the same addresses on every core, so that one CONV serves them all."""
-        parts = image.cores.values()
-        index = self.index.take(max(part.index_bytes for part in parts), number)
-        parameters = self.parameters.take(max(part.parameter_bytes for part in parts), number)
-        for core, part in image.cores.items():
-            for memory, name, source, length, at in (
-                (isa.MEMORY_INDEX, "index", part.index, part.index_bytes, index),
-                (
-                    isa.MEMORY_PARAMETER,
-                    "parameter",
-                    part.parameters,
-                    part.parameter_bytes,
-                    parameters,
-                ),
-            ):
-                self._emit_fetch(
-                    core, memory, source, length, at, [((name, core), at, at + length)]
-                )
-        self.loaded[number] = Loaded(image, index, parameters)
+        parts = image.parts
+        index = self.index.take(parts.most_index_bytes, number)
+        parameters = self.parameters.take(parts.most_parameter_bytes, number)
+        loaded = self.loaded[number] = Loaded(image, index, parameters)
+        run = _table_run(parts, image.tables, index, parameters)
+        after = []
+        for place, (core, part) in enumerate(parts.cores.items()):
+            readers = self.index_cells[core].take(index, part.index_bytes, loaded)
+            after += [(2 * place, DMA, lanes, reader) for _, lanes, reader in readers]
+            readers = self.parameter_cells[core].take(parameters, part.parameter_bytes, loaded)
+            after += [(2 * place + 1, DMA, lanes, reader) for _, lanes, reader in readers]
+        start = self.out.append(run, after)
+        loaded.fetched = {core: start + 2 * place + 1 for place, core in enumerate(parts.cores)}
 
-    def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> int:
-        """Give the first macro slot, the same on every core."""
+    def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> None:
+        """Choose the first macro slot, the same on every core."""
         if self.slots.held and self.arch.dual_4bit_cells and weight_bits != self.width:
             raise ScheduleError(
                 f"{weight_bits}-bit weights are filled beside {self.width}-bit ones, which lie "
@@ -256,64 +326,158 @@ class Loader:
                 hint="fill loads of one width ahead",
             )
         self.width, self.slots.size = weight_bits, self.arch.slots(weight_bits)
-        count = max((part.group_sets for part in image.cores.values()), default=0)
-        at = self.slots.take(count, number, 0 if turn.schedule.slots == "low" else None)
-        loaded = self.loaded[number]
-        spans: dict[int, list[Span]] = {
-            core: [
-                (("index", core), loaded.index, loaded.index + part.index_bytes),
-                (("parameter", core), loaded.parameters, loaded.parameters + part.parameter_bytes),
-                (("slots", core), at, at + part.group_sets),
-            ]
-            for core, part in image.cores.items()
-        }
-        self.loaded[number] = attrs.evolve(loaded, slot=at, spans=spans)
-        return at
+        at = 0 if turn.schedule.slots == "low" else None
+        at = self.slots.take(image.parts.most_group_sets, number, at)
+        self.loaded[number].slot = at
 
-    def _fetch_weights(
-        self, core: int, part: CoreImage, skip: int, length: int, at: int
-    ) -> list[Span]:
-        """Fetch some of a core's weights; give where they lie."""
-        source, pages = self.weights_base + part.weights + skip, _pages(core, at, length)
-        self._emit_fetch(core, isa.MEMORY_WEIGHT, source, length, at, pages)
-        return pages
-
-    def _emit_fetch(
-        self, core: int, memory: int, source: int, length: int, at: int, writes: list[Span]
-    ) -> None:
-        self.out.emit(
-            isa.Fetch(core=core, memory=memory, source=source, destination=at, length=length),
+    def _fetch_weights(self, core: int, source: int, length: int, at: int) -> int:
+        """Fetch a core's weights; give the number of the FETCH."""
+        emptied = max(self.emptied[core][at // _WEIGHT_CELL : (at + length) // _WEIGHT_CELL])
+        return self.out.emit(
+            _fetch(core, isa.MEMORY_WEIGHT, source, at, length),
             DMA,
-            writes=writes,
+            {load_lanes(1 << core): emptied} if emptied >= 0 else {},
         )
 
     def _fill_slots(
-        self, core: int, at: int, slot: int, count: int, weight_bits: int, reads: list[Span]
+        self,
+        number: int,
+        core: int,
+        at: int,
+        count: int,
+        weight_bits: int,
+        fetch: int,
     ) -> None:
-        self.out.emit(
-            isa.Fill(
-                core=core, source=at, slot=slot, count=count, weight_bits=int(weight_bits == 8)
-            ),
-            load_lanes(1 << core),
-            reads,
-            [(("slots", core), slot, slot + count)],
+        """Fill a load's slots with weights that a FETCH brought."""
+        loaded = self.loaded[number]
+        slot = loaded.slot
+        readers = self.slot_cells[core].take(slot, count, loaded)
+        after = {DMA: fetch, **{lanes: reader for _, lanes, reader in readers}}
+        fill = self.out.emit(
+            _fill(core, at, slot, count, int(weight_bits == 8)), load_lanes(1 << core), after
         )
+        loaded.filled[core] = self.last_fill[core] = fill
+        first, end = at // _WEIGHT_CELL, (at + count * group_set_bytes(weight_bits)) // _WEIGHT_CELL
+        self.emptied[core][first:end] = [fill] * (end - first)
 
 
-def _pages(core: int, at: int, length: int) -> list[Span]:
-    """Give some bytes of a weight SRAM in pages, of which each has few accesses."""
-    end = at + length
-    return [
-        (("page", core, page), max(at, page * _PAGE), min(end, (page + 1) * _PAGE))
-        for page in range(at // _PAGE, -(-end // _PAGE))
-    ]
+@attrs.frozen
+class _Chunks:
+    """FETCH and FILL of a load, chunk by chunk.
+
+    Parameters
+    ----------
+    run : Run
+        The instructions; what follows numbers them from 0.
+    fetches : list of (int, int, Lanes, int, int)
+        FETCHes to what others emptied last: with core, its load unit, first cell of the weight SRAM
+        and end.
+    fills : dict
+        By core, its FILLs.
+    next : dict
+        By core, the next address of the weight SRAM.
+    emptied : dict
+        By core, first cell of the weight SRAM, end, and the last FILL from there.
+    """
+
+    run: Run
+    fetches: list[tuple[int, int, Lanes, int, int]]
+    fills: dict[int, list[int]]
+    next: dict[int, int]
+    emptied: dict[int, list[tuple[int, int, int]]]
+
+
+@functools.lru_cache(maxsize=2048)
+def _chunks(
+    parts: LoadParts,
+    weights: int,
+    chunk: int,
+    weight_bits: int,
+    slot: int,
+    states: tuple[_State, ...],
+) -> _Chunks:
+    """Make FETCH and FILL of a load, which points with the same load share.
+
+    Parameters
+    ----------
+    weights : int
+        Off-chip address of the load's weights.
+    states : tuple of (int, int, tuple)
+        Of the weight SRAMs of the cores that hold group-sets.
+    """
+    size, out = group_set_bytes(weight_bits), Emitter()
+    rings = {
+        core: _Ring("weight SRAM bytes", length, next, dict(enumerate(held)))
+        for core, (length, next, held) in zip(parts.filling, states, strict=True)
+    }
+    emptied = {core: [-1] * (rings[core].size // _WEIGHT_CELL) for core in rings}
+    fetches, again = [], set()
+    fills: dict[int, list[int]] = {core: [] for core in rings}
+    for start in range(0, parts.most_group_sets, chunk):
+        for core, part in parts.filling.items():
+            source, count = weights + part.weights, min(chunk, part.group_sets - start)
+            if count <= 0:
+                continue
+            at, lanes = rings[core].find(count * size), load_lanes(1 << core)
+            cells = slice(at // _WEIGHT_CELL, (at + count * size) // _WEIGHT_CELL)
+            last = max(emptied[core][cells])
+            if last >= 0:
+                again.add(core)
+            fetch = out.emit(
+                _fetch(core, isa.MEMORY_WEIGHT, source + start * size, at, count * size),
+                DMA,
+                {lanes: last} if last >= 0 else {},
+            )
+            if core not in again:
+                fetches.append((fetch, core, lanes, cells.start, cells.stop))
+            fill = out.emit(
+                _fill(core, at, slot + start, count, int(weight_bits == 8)), lanes, {DMA: fetch}
+            )
+            fills[core].append(fill)
+            emptied[core][cells] = [fill] * (cells.stop - cells.start)
+    ends = {core: _spans(cells) for core, cells in emptied.items()}
+    next = {core: ring.next for core, ring in rings.items()}
+    return _Chunks(out.run(), fetches, fills, next, ends)
+
+
+@functools.lru_cache(maxsize=4096)
+def _table_run(parts: LoadParts, tables: int, index: int, parameters: int) -> Run:
+    """Make the FETCHes of a load's tables: for each core those of its codes and parameters."""
+    out = Emitter()
+    for core, part in parts.cores.items():
+        fetch = _fetch(core, isa.MEMORY_INDEX, tables + part.index, index, part.index_bytes)
+        out.emit(fetch, DMA)
+        source, length = tables + part.parameters, part.parameter_bytes
+        out.emit(_fetch(core, isa.MEMORY_PARAMETER, source, parameters, length), DMA)
+    return out.run()
+
+
+def _spans(cells: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Give where a memory holds the same number, if it is not negative: first cell, end, number."""
+    found, first = [], 0
+    for number, same in itertools.groupby(cells):
+        end = first + len(list(same))
+        if number >= 0:
+            found.append((first, end, number))
+        first = end
+    return found
+
+
+# Points of a space share most of their instructions: equal ones are made once.
+
+
+@functools.lru_cache(maxsize=65536)
+def _fetch(core: int, memory: int, source: int, destination: int, length: int) -> isa.Fetch:
+    return isa.Fetch(
+        core=core, memory=memory, source=source, destination=destination, length=length
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def _fill(core: int, source: int, slot: int, count: int, weight_bits: int) -> isa.Fill:
+    return isa.Fill(core=core, source=source, slot=slot, count=count, weight_bits=weight_bits)
 
 
 def _of_load(counts: Sequence[int], turn: Turn) -> int:
     assert turn.load is not None
     return counts[turn.load] if counts else 0
-
-
-def _filling(image: LoadImage) -> dict[int, CoreImage]:
-    """Give the cores that hold group-sets."""
-    return {core: part for core, part in image.cores.items() if part.group_sets}

@@ -16,9 +16,9 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import InputError, MarsArch, Region, isa, simulate
+from mars_runtime import InputError, MarsArch, Region, simulate
 from mars_runtime.timeline import LayerTime
-from mars_runtime.timing import fill_cycles
+from mars_runtime.timing import fill_cost
 from mars_runtime.trace import occupancy
 
 from ..compiler import NamedGraph, build_region, pack, with_channel_order
@@ -393,8 +393,8 @@ def _writing(packed: PackedConv, arch: MarsArch) -> float:
     """Give the cycles in which cores write weights and cannot compute, shared evenly."""
     if arch.overlap == "full":
         return 0.0
-    cell = isa.Fill(count=1, weight_bits=packed.weight_bits == 8)
-    return packed.group_sets * fill_cycles(arch, cell) / arch.cores
+    cycles = fill_cost(arch, 1, packed.weight_bits).cycles
+    return packed.group_sets * cycles / arch.cores
 
 
 def _accesses(lanes: Mapping[str, int]) -> dict[str, int]:

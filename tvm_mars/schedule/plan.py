@@ -14,7 +14,7 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
 from mars_runtime.packing import group_set_bytes
-from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cycles, offchip_cycles
+from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cost, offchip_cycles
 
 from ..graph import Add, Conv, Graph, Layer, Pool
 from ..pack import PackedConv
@@ -228,9 +228,9 @@ class Planner:
         """Estimate one filling: the fixed cost, then the slower hop."""
         packed = self.packed[layer]
         counts = [load.group_sets(core) for core in load.active]
-        fill = isa.Fill(count=max(counts), weight_bits=int(packed.weight_bits == 8))
+        filled = fill_cost(self.arch, max(counts), packed.weight_bits)
         fetched = 8 * sum(counts) * group_set_bytes(packed.weight_bits)
-        hops = max(fill_cycles(self.arch, fill), offchip_cycles(self.arch, fetched))
+        hops = max(filled.cycles, offchip_cycles(self.arch, fetched))
         return self.arch.array_fill_cycles + hops
 
     def _loads(self, layer: Conv) -> dict[int, tuple[Load, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -59,7 +60,7 @@ class Load:
 
     cores: tuple[tuple[Piece, ...], ...]
 
-    @property
+    @functools.cached_property
     def active(self) -> tuple[int, ...]:
         """Cores that have a block to write, be it an empty one."""
         return tuple(core for core, pieces in enumerate(self.cores) if pieces)
@@ -68,10 +69,19 @@ class Load:
         """Group-sets that a core holds."""
         return sum(piece.group_sets for piece in self.cores[core])
 
+    @functools.cached_property
+    def cut_cores(self) -> frozenset[int]:
+        """Cores with a sum that is continued from, or into, another load."""
+        return frozenset(
+            core
+            for core, pieces in enumerate(self.cores)
+            if any(not (piece.first and piece.last) for piece in pieces)
+        )
+
     @property
     def splits(self) -> bool:
         """Whether a sum is continued from, or into, another load."""
-        return any(not (p.first and p.last) for pieces in self.cores for p in pieces)
+        return bool(self.cut_cores)
 
 
 @attrs.frozen

@@ -38,7 +38,7 @@ import attrs
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.packing import group_set_bytes
-from mars_runtime.timing import WORD_BITS, fill_cycles, offchip_cycles
+from mars_runtime.timing import WORD_BITS, fill_cost, offchip_cycles
 
 from ..graph import Conv, Graph
 from ..pack import PackedConv
@@ -85,7 +85,7 @@ def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> d
         found[layer.name] = _Layer(
             work * pixels,
             held.group_sets,
-            fill_cycles(arch, isa.Fill(count=1, weight_bits=held.weight_bits == 8)),
+            fill_cost(arch, 1, held.weight_bits).cycles,
             arch.slots(held.weight_bits),
             before[layer.name],
         )
