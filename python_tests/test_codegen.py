@@ -294,9 +294,9 @@ def test_tokens_are_joined_by_sync_when_they_run_out():
         )
     for number in range(70):
         emitter.emit(isa.Conv(cores=1), compute_lanes(1), reads=[(("sram", number), 0, 1)])
-    instructions, layers = emitter.finish()
+    instructions, stops = emitter.finish()
     assert any(isinstance(one, isa.Sync) for one in instructions)
-    assert len(layers) == len(instructions)
+    assert list(stops) == [len(instructions)]
     # Every CONV waits, directly or through a SYNC, for the FETCH that it depends on.
     behind: dict[int, set[int]] = {}
     fetched = convs = 0

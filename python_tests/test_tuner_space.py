@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import pytest
 
-from mars_runtime import PRESETS, simulate
+from mars_runtime import PRESETS, isa, simulate
 from mars_runtime.errors import CapacityError
 from python_tests.random_graphs import random_inputs
 from python_tests.small_networks import every_kind_of_layer
@@ -23,6 +23,7 @@ from python_tests.test_machine import (
 from tvm_mars.codegen import generate
 from tvm_mars.compiler import NamedGraph, build_region
 from tvm_mars.graph import Graph, evaluate_values
+from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.schedule import Point, ScheduleError, plan
 from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.space import Space
@@ -88,6 +89,46 @@ def test_every_legal_point_gives_the_codes_and_the_time_of_the_machine(chunk, fi
             for _ in range(TRIES):
                 tried[run_point(space, drawn_point(space, rng), codes, values)] += 1
     assert tried["moved"] >= CHUNK // 2, tried
+
+
+@pytest.mark.parametrize("overlap", ["none", "full"])
+def test_what_points_share_does_not_change_their_time(overlap):
+    """Points of several spaces in turn, so that each meets what the others have left cached."""
+    arch = attrs.evolve(MARS, name=overlap, overlap=overlap)
+    spaces = [
+        Space.of(graph, arch)
+        for graph in (
+            resnet18(0.05),
+            vgg16(activation_bits=4),
+            every_kind_of_layer(),
+            network_of(7),
+        )
+    ]
+    rng = random.Random(overlap)
+    met: Counter[str] = Counter()
+    for _ in range(6):
+        for number, space in enumerate(spaces):
+            point = space.default
+            for index in rng.sample(range(len(point.steps)), min(3, len(point.steps))):
+                point = space.drawn(rng, point, index, 0.3)
+            try:
+                found = space.time(point)
+            except ScheduleError:
+                continue
+            region = generate(
+                space.graph,
+                arch,
+                space.packed,
+                space.realize(point),
+                input_names=[entry.name for entry in space.graph.inputs],
+                output_names=[out.value for out in space.graph.outputs],
+                with_weights=False,
+            )
+            assert found == simulate(region, arch) == space.time(point)
+            met[f"space {number}"] += 1
+            met["with SYNC"] += any(isinstance(one, isa.Sync) for one in region.instructions)
+    assert min(met[f"space {number}"] for number in range(len(spaces))) >= 2, met
+    assert met["with SYNC"] >= 2, met
 
 
 @pytest.mark.parametrize("name", MACHINES)
