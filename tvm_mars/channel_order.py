@@ -21,10 +21,9 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.maps import WORD_CHANNELS
-from mars_runtime.timing import fill_cycles
+from mars_runtime.timing import fill_cost
 
 from .graph import Add, Conv, ConvTerm, Graph, Layer, Pool, Requant
 
@@ -187,8 +186,8 @@ def _terms(graph: Graph, arch: MarsArch) -> Iterator[_Term]:
     for layer in graph.layers:
         if not isinstance(layer, Conv):
             continue
-        wide = max(term.weight_bits for term in layer.terms) == 8
-        filling = fill_cycles(arch, isa.Fill(count=1, weight_bits=wide))
+        weight_bits = max(term.weight_bits for term in layer.terms)
+        filling = fill_cost(arch, 1, weight_bits).cycles
         out = graph.types[layer.name]
         for term in layer.terms:
             accesses = arch.accesses(graph.types[term.input].bits)
