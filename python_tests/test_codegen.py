@@ -161,6 +161,12 @@ def visit(taps=(0,), first=True, last=True):
         # Tap (0, 0) with padding 1 meets 3x3 of 4x4 pixels inside; outside costs no port access.
         ([visit((0,))], {"sas": attrs.evolve(SAS, origin_y=-1, origin_x=-1, kernel_width=3)},
          34, (18, 0), (0, 16)),
+        # Tap 0 is passed over, tap 1 meets 3 x 4 pixels inside.
+        ([visit((0, 1))], {"sas": attrs.evolve(SAS, origin_y=-1, origin_x=-1, kernel_width=3,
+                                               skip=0b1)}, 34, (24, 0), (0, 16)),
+        # Index codes have tap 0 for taps 0 and 16: as with an empty block, the bias is left.
+        ([visit((0, 16))], {"sas": attrs.evolve(SAS, kernel_width=5, skip=0b1)},
+         18, (0, 0), (0, 16)),
         # Two visits follow each other; latency comes once.
         ([visit(), visit((0, 1))], {}, 32 + 64 + 2, (32 + 32 + 2 * 12, 0), (0, 32)),
     ],

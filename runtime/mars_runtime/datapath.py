@@ -210,7 +210,7 @@ class ConvTile:
             else:
                 acc = self._read_partial()
             for segment in visit.segments:
-                if segment.taps:
+                if segment.context in patches:
                     acc = acc + self._products(segment, *patches[segment.context])
             _check_width(acc)
             if visit.last:
@@ -242,8 +242,9 @@ class ConvTile:
         used: dict[int, set[tuple[int, int]]] = {}
         for visit in load.visits:
             for segment in visit.segments:
+                met = timing.met(self.core.config.context(segment.context), segment)
                 used.setdefault(segment.context, set()).update(
-                    zip(segment.taps, segment.blocks, strict=True)
+                    (segment.taps[place], segment.blocks[place]) for place in met
                 )
         patches = {}
         for context, places in used.items():
@@ -271,11 +272,12 @@ class ConvTile:
         self, segment: timing.LoadedSegment, patch: Array, where: dict[int, int]
     ) -> Array:
         sas = self.core.config.context(segment.context)
+        met = timing.met(sas, segment)
         places = []
-        for tap, block in zip(segment.taps, segment.blocks, strict=True):
-            r, c = divmod(tap, sas.kernel_width)
-            places.append((where[block], r * sas.dilation_y, c * sas.dilation_x))
-        weights = self.core.macros[segment.slot : segment.slot + len(places)]
+        for place in met:
+            r, c = divmod(segment.taps[place], sas.kernel_width)
+            places.append((where[segment.blocks[place]], r * sas.dilation_y, c * sas.dilation_x))
+        weights = self.core.macros[segment.slot + np.array(met, np.int64)]
         products = convolve_group_sets(
             patch, weights, places, self.tile, (sas.stride_y, sas.stride_x)
         )

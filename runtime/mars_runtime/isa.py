@@ -74,6 +74,7 @@ MOVE_IN, MOVE_OUT = 0, 1
 
 # Fields that several instructions share have one width.
 _CORE, _MASK, _BANK, _BASE, _SIZE, _SRAM, _SHIFT = 4, 16, 1, 20, 13, 18, 5
+_TAP = 4  # an index code's tap
 
 
 def _bits(
@@ -154,6 +155,9 @@ class Sas(Instruction):
     Tap ``t`` of the kernel lies at row ``r = t // kernel_width``, column ``c = t % kernel_width``.
     Output pixel ``(y, x)`` of a tile meets it at input row ``y * stride_y + r * dilation_y +
     origin_y`` and the like column; outside the map it reads ``zero`` without a port access.
+
+    Group-sets whose index code has a tap in ``skip`` are passed over [A]: no cycle, no macro
+    access, no port access, nothing added. Each of their codes is read once, not for every pixel.
     """
 
     opcode = 4
@@ -177,6 +181,7 @@ class Sas(Instruction):
     origin_y: int = _bits(14, "input row of output row 0, tap row 0", signed=True)
     origin_x: int = _bits(14, "input column of output column 0, tap column 0", signed=True)
     kernel_width: int = _bits(_SIZE, "columns of the kernel", default=1, least=1)
+    skip: int = _bits(1 << _TAP, "mask of taps within the sub-kernel that are passed over")
 
 
 @attrs.frozen(kw_only=True)
@@ -376,7 +381,7 @@ class IndexCode:
 
     first: int = _bits(1, "first group-set of its kernel")
     count: int = _bits(6, "non-zero group-sets of the kernel in this load; 0 means 64")
-    tap: int = _bits(4, "tap within the sub-kernel, row-major")
+    tap: int = _bits(_TAP, "tap within the sub-kernel, row-major")
     block: int = _bits(5, "input-channel block within the segment's 32")
 
 
@@ -400,7 +405,7 @@ class Segment:
 
 CODE_BYTES = 2
 SEGMENT_BYTES = 4
-TAPS_PER_SEGMENT = 16
+TAPS_PER_SEGMENT = 1 << _TAP
 BLOCKS_PER_SEGMENT = 32
 GROUP_SETS_PER_SEGMENT = 64
 
@@ -529,7 +534,7 @@ def _field_text(field: attrs.Attribute[Any], value: int) -> str:
         return ",".join(str(token) for token in range(TOKENS) if value >> token & 1)
     if field.name == "signal":
         return str(value - 1)
-    if field.name == "cores":
+    if field.name in ("cores", "skip"):
         return bin(value)
     return str(value)
 

@@ -342,7 +342,7 @@ class _Lifter(Machine):
             else:
                 acc = self._partial_sum(partial, visit.block, tile)
             segments = tuple(
-                self._segment(readings[segment.context], segment, core)
+                self._segment(readings[segment.context], segment, core, tile)
                 for segment in visit.segments
                 if segment.taps
             )
@@ -375,8 +375,20 @@ class _Lifter(Machine):
             found[number] = self._read(sas, tile, reach)
         return found
 
-    def _segment(self, reading: _Reading, segment: timing.LoadedSegment, core: Core) -> _Segment:
+    def _segment(
+        self,
+        reading: _Reading,
+        segment: timing.LoadedSegment,
+        core: Core,
+        tile: tuple[int, int],
+    ) -> _Segment:
         sas = core.config.context(segment.context)
+        if sas.skip:
+            # A layer multiplies them as well: with padding that adds nothing.
+            walked = set(timing.met(sas, segment))
+            skipped = tuple(t for place, t in enumerate(segment.taps) if place not in walked)
+            padding = not sas.zero and not timing.taps_inside(sas, *tile, skipped)
+            _require(padding, "passes over taps that meet the map")
         slots = self.slots[core.number][segment.slot : segment.slot + len(segment.taps)]
         addresses, bits = zip(*slots, strict=True)
         return (

@@ -384,6 +384,7 @@ class Machine:
         layer.stalls["latency"] += latency
         layer.stalls["ports"] += end - start - cost.macro_cycles - latency
         counters.group_sets += cost.group_sets
+        counters.passed_over += cost.passed_over
         counters.macro_accesses += cost.macro_cycles * self.arch.macros_per_core
         reads = sum(cost.reads)
         counters.map_reads += reads
@@ -473,7 +474,7 @@ class Machine:
             if name == "ADD" and not instruction.operands:
                 _refuse_unused(instruction, "multiplier_b")
             for context in contexts:
-                _refuse_unused(core.config.context(context), "shift", "kernel_width")
+                _refuse_unused(core.config.context(context), "shift", "kernel_width", "skip")
             start = self._compute_start(core, waited, cost.banks)
             end = start + cost.cycles
             for bank in cost.banks:

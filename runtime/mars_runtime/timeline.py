@@ -24,6 +24,10 @@ class Counters:
     """What happened, summed over cores. Bits are bits; the rest are events."""
 
     group_sets: int = attrs.field(default=0, metadata={"doc": "group-set times output pixel"})
+    passed_over: int = attrs.field(
+        default=0,
+        metadata={"doc": "the same of group-sets that met padding alone, passed over [A]"},
+    )
     macro_accesses: int = attrs.field(default=0, metadata={"doc": "accesses of single macros"})
     map_reads: int = attrs.field(default=0, metadata={"doc": "port reads of the banks by cores"})
     map_writes: int = attrs.field(default=0, metadata={"doc": "port writes of the banks by cores"})

@@ -32,6 +32,8 @@ __all__ = [
     "conv_cost",
     "decode_load",
     "fill_cost",
+    "inside",
+    "met",
     "offchip_cycles",
     "pool_cost",
     "taps_inside",
@@ -208,6 +210,7 @@ class Cost:
     cycles: int
     macro_cycles: int = 0
     group_sets: int = 0  # group-set times pixel, so that one is 256 MACs
+    passed_over: int = 0  # the same of those that SAS passes over
     reads: tuple[int, int] = (0, 0)
     writes: tuple[int, int] = (0, 0)
     written_words: int = 0
@@ -218,7 +221,7 @@ class Cost:
 
 
 @functools.lru_cache(maxsize=65536)
-def _inside(out: int, stride: int, offset: int, size: int) -> int:
+def inside(out: int, stride: int, offset: int, size: int) -> int:
     """How many of ``out`` positions, ``stride`` apart from ``offset`` on, lie in ``0..size-1``."""
     low = max(0, -(-(-offset) // stride))
     high = min(out - 1, (size - 1 - offset) // stride)
@@ -229,17 +232,28 @@ def _inside(out: int, stride: int, offset: int, size: int) -> int:
 def taps_inside(sas: isa.Sas, height: int, width: int, taps: tuple[int, ...]) -> int:
     """Pixels of a tile that read the map, not its padding, summed over taps."""
     return sum(
-        _inside(
+        inside(
             height,
             sas.stride_y,
             tap // sas.kernel_width * sas.dilation_y + sas.origin_y,
             sas.height,
         )
-        * _inside(
+        * inside(
             width, sas.stride_x, tap % sas.kernel_width * sas.dilation_x + sas.origin_x, sas.width
         )
         for tap in taps
     )
+
+
+def met(sas: isa.Sas, segment: LoadedSegment) -> Sequence[int]:
+    """Give by place in a segment the group-sets that SAS does not pass over."""
+    if not sas.skip:
+        return range(len(segment.taps))
+    return [
+        place
+        for place, tap in enumerate(segment.taps)
+        if not sas.skip >> tap % isa.TAPS_PER_SEGMENT & 1
+    ]
 
 
 def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedLoad) -> Cost:
@@ -262,7 +276,7 @@ def _conv_cost(
     windows = tile_height * tile_width
     height, width = tile_height * apw.pool_height, tile_width * apw.pool_width
     pixels = height * width
-    cycles = macro_cycles = group_sets = written = partial_words = 0
+    cycles = macro_cycles = walked = passed_over = written = partial_words = 0
     reads, writes = [0, 0], [0, 0]
     for visit in load.visits:
         visit_reads, visit_writes = [0, 0], [0, 0]
@@ -270,8 +284,13 @@ def _conv_cost(
         for segment in visit.segments:
             sas = config.context(segment.context)
             accesses = arch.accesses(8 if sas.wide else 4)
-            compute += len(segment.taps) * accesses * pixels
-            visit_reads[sas.bank] += accesses * taps_inside(sas, height, width, segment.taps)
+            taps = segment.taps
+            if sas.skip:
+                taps = tuple(taps[place] for place in met(sas, segment))
+            walked += len(taps)
+            passed_over += len(segment.taps) - len(taps)
+            compute += len(taps) * accesses * pixels
+            visit_reads[sas.bank] += accesses * taps_inside(sas, height, width, taps)
         partial = RAW_WORDS * pixels * ((not visit.first) + (not visit.last))
         if partial_bank is None:
             partial_words += partial
@@ -289,7 +308,6 @@ def _conv_cost(
         ports = max(r + w for r, w in zip(visit_reads, visit_writes, strict=True))
         cycles += max(compute, ports)
         macro_cycles += compute
-        group_sets += visit.group_sets * pixels
         for bank in range(2):
             reads[bank] += visit_reads[bank]
             writes[bank] += visit_writes[bank]
@@ -301,13 +319,15 @@ def _conv_cost(
     return Cost(
         cycles + arch.macro_latency_cycles + arch.apw_latency_cycles,
         macro_cycles,
-        group_sets,
+        walked * pixels,
+        passed_over * pixels,
         (reads[0], reads[1]),
         (writes[0], writes[1]),
         written,
         partial_words,
-        # Sixteen accumulators hold one pixel of a block: the codes are walked for every pixel.
-        load.segments * isa.SEGMENT_BYTES + pixels * load.codes * isa.CODE_BYTES,
+        # Sixteen accumulators hold one pixel of a block: the codes are walked for every pixel, but
+        # for those that are passed over.
+        load.segments * isa.SEGMENT_BYTES + (pixels * walked + passed_over) * isa.CODE_BYTES,
         len(load.visits) * block_parameter_bytes(with_multiplier),
         tuple(banks),
     )
@@ -348,11 +368,11 @@ def pool_cost(arch: MarsArch, pool: isa.Pool, config: CoreConfig, blocks: int) -
 def _window_inside(sas: isa.Sas, pool: isa.Pool) -> int:
     # The window is rectangular, so that rows and columns factor.
     rows = sum(
-        _inside(pool.height, sas.stride_y, r * sas.dilation_y + sas.origin_y, sas.height)
+        inside(pool.height, sas.stride_y, r * sas.dilation_y + sas.origin_y, sas.height)
         for r in range(pool.kernel_height)
     )
     columns = sum(
-        _inside(pool.width, sas.stride_x, c * sas.dilation_x + sas.origin_x, sas.width)
+        inside(pool.width, sas.stride_x, c * sas.dilation_x + sas.origin_x, sas.width)
         for c in range(pool.kernel_width)
     )
     return rows * columns
@@ -364,10 +384,10 @@ def add_cost(arch: MarsArch, add: isa.Add, config: CoreConfig, blocks: int) -> C
     reads, writes = [0, 0], [0, 0]
     for number in range(1 + add.operands):
         sas = config.context(number)
-        inside = _inside(add.height, sas.stride_y, sas.origin_y, sas.height) * _inside(
+        pixels = inside(add.height, sas.stride_y, sas.origin_y, sas.height) * inside(
             add.width, sas.stride_x, sas.origin_x, sas.width
         )
-        reads[sas.bank] += blocks * inside * (1 + sas.wide)
+        reads[sas.bank] += blocks * pixels * (1 + sas.wide)
     writes[apw.bank] += blocks * add.height * add.width
     return _apw_cost(arch, config, 1 + add.operands, reads, writes)
 
