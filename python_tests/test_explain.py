@@ -75,7 +75,7 @@ def test_what_is_busy_by_hand() -> None:
     inside = sum((8 - abs(r)) * (8 - abs(c)) for r in (-1, 0, 1) for c in (-1, 0, 1))
     assert layer.busy["ports"] == 2 * inside
     assert layer.bound == "load"
-    assert layer.floor == 9 * pixels * 2 + 9 * 256 * 8 // MARS.macro_write_bits
+    assert layer.floor == 2 * inside + 9 * 256 * 8 // MARS.macro_write_bits
     assert layer.schedule_gap == layer.cycles - layer.floor
     region = build_region(NamedGraph.of(graph), MARS)
     counters = simulate(region, MARS).layers[0].counters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import attrs
@@ -28,7 +29,14 @@ from tvm_mars.graph import (
     Residual,
     evaluate_values,
 )
-from tvm_mars.schedule import Schedule, fuse_pools, plan, scheduled_steps
+from tvm_mars.schedule import (
+    LayerSchedule,
+    Schedule,
+    Step,
+    fuse_pools,
+    plan,
+    scheduled_steps,
+)
 from tvm_mars.schedule.plan import input_windows
 
 MARS = PRESETS["mars"]
@@ -128,10 +136,15 @@ def assert_macs(
     arch: MarsArch,
     schedule: Schedule | None = None,
 ) -> None:
-    """MACs executed are the packed ones times pixels, however tiles and loads cut them."""
+    """MACs executed are the packed ones times pixels, however tiles and loads cut them.
+
+    Left out are those whose tap meets padding alone in all pixels of a CONV.
+    """
     packed = pack(graph, arch)
-    steps = scheduled_steps(graph, schedule or plan(graph, arch, packed))
-    for step, layer, info in zip(steps, timeline.layers, region.layers, strict=True):
+    schedule = schedule or plan(graph, arch, packed)
+    steps = scheduled_steps(graph, schedule)
+    rows = zip(steps, schedule.layers, timeline.layers, region.layers, strict=True)
+    for step, entry, layer, info in rows:
         if not isinstance(step.layer, Conv):
             assert layer.counters.macs(arch) == layer.macro_cycles == 0
             continue
@@ -142,14 +155,59 @@ def assert_macs(
             height, width = out.height * step.pool.kernel[0], out.width * step.pool.kernel[1]
         one = packed[step.layer.name]
         assert info.group_sets == one.group_sets
-        assert layer.counters.macs(arch) == one.group_sets * 256 * height * width
-        accesses = sum(
-            arch.accesses(graph.types[step.layer.terms[term].input].bits)
+        counters = layer.counters
+        assert counters.group_sets + counters.passed_over == one.group_sets * height * width
+        places = Counter(
+            (int(term), int(tap))
             for block in one.blocks
-            for term in block.terms
+            for term, tap in zip(block.terms, block.taps, strict=True)
         )
-        assert layer.macro_cycles == accesses * height * width
+        met = met_pixels(step, entry, graph, arch)
+        assert counters.group_sets == sum(met[place] * count for place, count in places.items())
+        assert counters.macs(arch) == counters.group_sets * 256
+        bits = [graph.types[term.input].bits for term in step.layer.terms]
+        assert layer.macro_cycles == sum(
+            arch.accesses(bits[place[0]]) * met[place] * count for place, count in places.items()
+        )
         assert layer.counters.macro_accesses == arch.macros_per_core * layer.macro_cycles
+
+
+def met_pixels(
+    step: Step, entry: LayerSchedule, graph: Graph, arch: MarsArch
+) -> Counter[tuple[int, int]]:
+    """Pixels that take accesses for each term and tap, by trying every pixel of every CONV."""
+    found: Counter[tuple[int, int]] = Counter()
+    (ph, pw), out = step.pooling, graph.types[step.output]
+    for tile in entry.tiles(out):
+        for share in entry.shares(tile, arch.cores):
+            for part in entry.parts(tile, share):
+                pixels = [
+                    ((tile[0] + part.y) * ph + y, (tile[1] + part.x) * pw + x)
+                    for y in range(part.height * ph)
+                    for x in range(part.width * pw)
+                ]
+                for number, term in enumerate(step.layer.terms):
+                    skips = arch.zero_skipping and not graph.types[term.input].zero_point
+                    met = taps_that_meet(term, graph.types[term.input], pixels)
+                    taps = range(math.prod(term.kernel))
+                    # Sub-kernels share the mask of their 16 taps.
+                    walked = {tap % 16 for tap in met} if skips else set(range(16))
+                    found.update({(number, tap): len(pixels) for tap in taps if tap % 16 in walked})
+    return found
+
+
+def taps_that_meet(term: ConvTerm, source: MapType, pixels: list[tuple[int, int]]) -> set[int]:
+    """Taps of a kernel that meet the map from any of some pixels."""
+    return {
+        r * term.kernel[1] + c
+        for r in range(term.kernel[0])
+        for c in range(term.kernel[1])
+        if any(
+            0 <= y * term.stride[0] + r * term.dilation[0] - term.padding[0] < source.height
+            and 0 <= x * term.stride[1] + c * term.dilation[1] - term.padding[1] < source.width
+            for y, x in pixels
+        )
+    }
 
 
 def assert_weights_fetched(

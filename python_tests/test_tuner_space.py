@@ -11,6 +11,7 @@ import pytest
 
 from mars_runtime import PRESETS, isa, simulate
 from mars_runtime.errors import CapacityError
+from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
 from python_tests.small_networks import every_kind_of_layer
 from python_tests.test_machine import (
@@ -22,7 +23,17 @@ from python_tests.test_machine import (
 )
 from tvm_mars.codegen import generate
 from tvm_mars.compiler import NamedGraph, build_region
-from tvm_mars.graph import Graph, evaluate_values
+from tvm_mars.graph import (
+    Conv,
+    ConvTerm,
+    Graph,
+    Input,
+    MapType,
+    Output,
+    Pool,
+    Requant,
+    evaluate_values,
+)
 from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.schedule import Point, ScheduleError, plan
 from tvm_mars.tuner.bound import least_cycles
@@ -169,6 +180,139 @@ def test_a_block_that_is_spread_over_the_cores_gives_the_codes(name):
             )
         ] += 1
     assert ran["moved"] >= 6, ran
+
+
+def cut_kinds(space: Space, point: Point) -> set[str]:
+    """Name what the layers with a cut border have, besides."""
+    found: set[str] = set()
+    schedule = space.realize(point)
+    for step, entry in zip(space.steps(point), schedule.layers, strict=True):
+        if not (entry.row_cuts or entry.column_cuts):
+            continue
+        layer, out = step.layer, space.graph.types[step.output]
+        assert isinstance(layer, Conv)
+        tests = {
+            "columns": entry.column_cuts,
+            "stride": any(max(term.stride) > 1 for term in layer.terms),
+            "dilation": any(max(term.dilation) > 1 for term in layer.terms),
+            "fused pool": step.pool,
+            "projection": len(layer.terms) > 1,
+            "residual": layer.residual,
+            "row groups": entry.row_groups > 1,
+            "chained": entry.chained,
+            "apart": entry.apart,
+            "sums in a bank": entry.partial == "bank",
+            "sums off-chip": entry.partial == "offchip",
+            "tiles": entry.tile != (out.height, out.width),
+            "tiles outside": entry.order == "tiles" and len(entry.loads) > 1,
+            "staged input": any(entry.staged),
+            "staged output": entry.output_staged,
+        }
+        found |= {name for name, holds in tests.items() if holds}
+    return found
+
+
+BORDER_CHUNKS = 6
+IN_EVERY_CHUNK = {
+    "columns",
+    "stride",
+    "row groups",
+    "residual",
+    "staged input",
+    "sums in a bank",
+    "chained",
+    "tiles",
+}
+
+
+@pytest.mark.parametrize("chunk", range(BORDER_CHUNKS))
+def test_borders_that_pass_over_padding_give_the_codes(chunk, first_seed):
+    """Borders cut wherever they can be, beside random decisions; all kinds of layers have some."""
+    tried, kinds = Counter[str](), Counter[str]()
+    skipped = 0
+    for seed in range(first_seed + 30 * chunk, first_seed + 30 * (chunk + 1)):
+        graph = network_of(seed)
+        codes = codes_of(graph, seed)
+        values = evaluate_values(graph, codes)
+        names = list(MACHINES)
+        for name in (names[seed % len(names)], "mars", "small"):
+            try:
+                space = Space.of(graph, MACHINES[name])
+            except CapacityError:
+                continue
+            rng = random.Random(f"{name} {seed}")
+            for _ in range(2):
+                point = bordered(space, drawn_point(space, rng), rng)
+                if all(choice.border == "whole" for choice in point.steps):
+                    continue
+                tried[found := run_point(space, point, codes, values)] += 1
+                if found != "refused":
+                    kinds.update(cut_kinds(space, point))
+                    layers = space.time(point).layers
+                    skipped += sum(layer.counters.passed_over for layer in layers)
+    assert tried["moved"] >= 20 and skipped, tried
+    assert set(kinds) >= IN_EVERY_CHUNK, kinds
+
+
+def bordered(space: Space, point: Point, rng: random.Random) -> Point:
+    steps = []
+    for index, choice in enumerate(point.steps):
+        domain = space.domain(index)
+        border = rng.choice(domain.get("border", ("whole",))[-2:])
+        chain = "chained" in domain and rng.random() < 0.3
+        changes = {"chained": True, "row_groups": 1, "partial": "bank"} if chain else {}
+        steps.append(attrs.evolve(choice, border=border, **changes))
+    return attrs.evolve(point, steps=tuple(steps))
+
+
+@pytest.mark.parametrize("name", ["mars", "small", "full", "one"])
+def test_a_border_behind_a_fused_pool(name):
+    """3x3 with two pixels of padding, 2x2 pool: both rows of the first window miss the first tap.
+
+    By hand: of eight rows six meet the first tap row, eight the second, six the third. So columns.
+    """
+    rng = np.random.default_rng(3)
+    kind = MapType(32, 6, 6, 8)
+    weight = rng.integers(-30, 31, (48, 32, 3, 3))
+    weight[weight == 0] = 1
+    term = ConvTerm("x0", weight, padding=(2, 2, 2, 2))
+    layers = [
+        Conv("conv0", [term], rng.integers(-4000, 4000, 48), Requant.eq5(8, 17)),
+        Pool("maxpool1", "max", "conv0", (2, 2), (2, 2)),
+    ]
+    output = Output("maxpool1", (48, 4, 4), Dequantize("uint8"))
+    graph = Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], layers, [output])
+    space = Space.of(graph, MACHINES[name])
+    codes = codes_of(graph, 1)
+    for border, met in (("whole", 24 * 24), ("rows", 20 * 24), ("both", 20 * 20)):
+        choice = attrs.evolve(space.default.steps[0], border=border)
+        point = attrs.evolve(space.default, steps=(choice,))
+        assert run_point(space, point, codes, evaluate_values(graph, codes)) != "refused"
+        assert space.time(point).layers[0].counters.group_sets == 3 * 2 * met
+
+
+def test_a_border_is_a_choice_where_it_meets_fewer_taps():
+    """3x3 over 6x6 with padding; a pool's window meets all taps; a zero point is no zero."""
+    borders = {}
+    for zero, pool, kernel in ((0, False, 3), (0, True, 3), (4, False, 3), (0, False, 1)):
+        kind = MapType(16, 6, 6, 8, zero)
+        pad = (kernel // 2,) * 4
+        term = ConvTerm("x0", np.ones((16, 16, kernel, kernel), np.int8), padding=pad)
+        layers = [Conv("conv0", [term], np.zeros(16), Requant.eq5(8, 12))]
+        if pool:
+            layers.append(Pool("maxpool1", "max", "conv0", (2, 2), (2, 2)))
+        size = 3 if pool else 6
+        output = Output(layers[-1].name, (16, size, size), Dequantize("uint8"))
+        graph = Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], layers, [output])
+        borders[zero, pool, kernel] = Space.of(graph, MARS).domain(0)["border"]
+        dense = Space.of(graph, PRESETS["mars-dense"])
+        assert dense.domain(0)["border"] == ("whole",)
+    assert borders == {
+        (0, False, 3): ("whole", "rows", "both"),
+        (0, True, 3): ("whole",),
+        (4, False, 3): ("whole",),
+        (0, False, 1): ("whole",),
+    }
 
 
 def test_kernel_blocks_are_cut_into_equal_parts():

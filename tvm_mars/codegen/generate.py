@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -20,7 +21,9 @@ from mars_runtime.timing import RAW_WORDS, DecodedLoad
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
 from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
+from ..schedule.border import skipped_taps
 from ..schedule.plan import Window, input_windows
+from ..schedule.types import Part
 from .emitter import CONTROLLER, DMA, Emitter, Span, compute_lanes
 from .image import Content, Image, LoadImage, decoded_load
 from .loading import Loader, Tile, Turn, turns
@@ -52,11 +55,11 @@ class _Source:
 
 
 @attrs.frozen
-class _Rows:
-    """What computing some rows of a convolution's tile sets and touches, whatever the load."""
+class _Needs:
+    """What computing a part of a convolution's tile sets and touches, whatever the load."""
 
     settings: list[tuple[object, list[_Setting]]]  # by register
-    position: tuple[int, int]  # of the tile in the written map
+    position: tuple[int, int]  # in the written map
     reads: list[Span]
     writes: Span
 
@@ -84,11 +87,11 @@ class _Generator:
         self.loader = Loader(arch, packed, self.turns, self.loads, self.image.table_bytes, self.out)
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
-        self.settings: dict[tuple[int, object], object] = {}  # by core and register
+        self.settings: dict[tuple[int, object], Sequence[_Setting]] = {}  # by core and register
         self.staged: dict[Place, tuple[str, Window]] = {}
-        # By layer and tile; and first row. Every load meets them again.
+        # By layer and tile; and part of it. Every load meets them again.
         self.windows: dict[tuple[int, Tile], tuple[Window, ...]] = {}
-        self.rows: dict[tuple[int, Tile, int], _Rows] = {}
+        self.needs: dict[tuple[int, Tile, Part], _Needs] = {}
         self.partial_base = 0
 
     def emit(self) -> None:
@@ -310,23 +313,25 @@ class _Generator:
         changed = [core for core in cores if self.settings.get((core, register)) != settings]
         if not changed:
             return
+        kept = min(_kept(self.settings.get((core, register), ()), settings) for core in changed)
         for core in changed:
             self.settings[core, register] = settings
         mask = _mask(changed)
-        for kind, fields in settings:
+        for kind, fields in settings[kept:]:
             self.out.emit(kind(cores=mask, **fields), compute_lanes(mask))
 
     def _sas(
         self,
         context: int,
         source: _Source,
-        skipped: int = 0,
+        at: tuple[int, int] = (0, 0),
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
         kernel_width: int = 1,
         shift: int = 0,
+        skip: int = 0,
     ) -> tuple[object, list[_Setting]]:
-        """Give an input context for a tile without its first ``skipped`` rows."""
+        """Give an input context for a part of a tile, from the pixel ``at`` on."""
         fields = {
             "context": context,
             "bank": source.place.bank,
@@ -342,9 +347,10 @@ class _Generator:
             "stride_x": stride[1],
             "dilation_y": dilation[0],
             "dilation_x": dilation[1],
-            "origin_y": source.origin[0] + skipped * stride[0],
-            "origin_x": source.origin[1],
+            "origin_y": source.origin[0] + at[0] * stride[0],
+            "origin_x": source.origin[1] + at[1] * stride[1],
             "kernel_width": kernel_width,
+            "skip": skip,
         }
         return context, [(isa.Sas, fields)]
 
@@ -398,78 +404,109 @@ class _Generator:
         load = self._load(turn)
         sources = self._sources(step, schedule, tile, 0, None)
         self.loader.ahead(turn)  # behind the maps that this turn waits for
-        partial_base, row_words = self.partial_base, 0
-        if schedule.partial != "none":  # of one written row of the tile, per core
-            row_words = RAW_WORDS * math.prod(step.pooling) * tile[3]
+        partial_base = self.partial_base
         if schedule.partial == "offchip":
             partial_base += place * self._partial_words(step, schedule)
+        words = RAW_WORDS * math.prod(step.pooling)  # of a written pixel's partial sums
         shares = list(schedule.shares(tile, self.arch.cores))
-        alone = schedule.apart or schedule.chained
+        chained = schedule.chained
         for share in shares:
             cores = [core for core in share.cores if load.cores[core]]
-            slack = shares[0].height - share.height
-            base = partial_base + row_words * slack * share.cores[0]
             if not cores:
                 continue
-            for group in [[core] for core in cores] if alone else [cores]:
-                # All cores of a chain pass their sums on in one place, that of the last core.
-                skip = self.arch.cores - 1 - group[0] if schedule.chained else 0
-                self._conv_share(
-                    step,
-                    layer,
-                    schedule,
-                    tile,
-                    turn,
-                    base + row_words * tile[2] * skip,
-                    sources,
-                    share.first,
-                    share.height,
-                    group,
-                )
+            # All cores of a chain pass their sums on in one place, that of the last core.
+            region, held = (
+                (self.arch.cores - 1, 1) if chained else (share.cores[0], len(share.cores))
+            )
+            before = shares[0].height * tile[3] * region
+            for part in schedule.parts(tile, share):
+                needs = self._part_needs(step, layer, schedule, tile, sources, part)
+                for register, settings in needs.settings:
+                    self._set(cores, register, settings)
+                for group in [[core] for core in cores] if schedule.apart or chained else [cores]:
+                    lower = part.pixels * (group[0] if chained else share.cores[0])
+                    offset = words * (before - lower)
+                    self._conv(step, schedule, turn, part, needs, (partial_base, offset), group)
+                before += part.pixels * held
         if schedule.output_staged:
             self._move_finished(step, schedule, tile, load)
 
-    def _conv_share(
+    def _part_needs(
         self,
         step: Step,
         layer: Conv,
         schedule: LayerSchedule,
-        tile: tuple[int, int, int, int],
-        turn: int,
-        partial_base: int,
+        tile: Tile,
         sources: Sequence[_Source],
-        first: int,
-        height: int,
+        part: Part,
+    ) -> _Needs:
+        """Give what computing a part of a tile sets and touches."""
+        key = (self.out.layer, tile, part)
+        found = self.needs.get(key)
+        if found is None:
+            found = self.needs[key] = self._made_needs(step, layer, schedule, tile, sources, part)
+        return found
+
+    def _made_needs(
+        self,
+        step: Step,
+        layer: Conv,
+        schedule: LayerSchedule,
+        tile: Tile,
+        sources: Sequence[_Source],
+        part: Part,
+    ) -> _Needs:
+        ph, pw = step.pooling
+        at = part.y * ph, part.x * pw
+        rows = (tile[0] * ph + at[0], part.height * ph)
+        columns = (tile[1] * pw + at[1], part.width * pw)
+        settings = [
+            self._sas(
+                context,
+                source,
+                at,
+                term.stride,
+                term.dilation,
+                term.kernel[1],
+                term.shift,
+                skipped_taps(self.arch, term, source.type, rows, columns),
+            )
+            for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False))
+        ]
+        blocks = self.types[step.output].blocks
+        target, (y, x), writes = self._target(step, schedule, tile, 0, blocks)
+        residual = self._residual(step, layer, schedule, tile, sources, at)
+        settings.append(self._apw(self._conv_apw(step, layer, target), residual))
+        reads = [source.span for source in sources]
+        return _Needs(settings, (y + part.y, x + part.x), reads, writes)
+
+    def _conv(
+        self,
+        step: Step,
+        schedule: LayerSchedule,
+        turn: int,
+        part: Part,
+        needs: _Needs,
+        partial_at: tuple[int, int],
         cores: Sequence[int],
     ) -> None:
-        """Emit what some cores do of a tile: rows from ``first`` on."""
+        """Emit what some cores compute of a tile, whose partial sums begin at a base and offset."""
         loaded, load = self.loader.loaded[turn], self._load(turn)
         splits = not load.cut_cores.isdisjoint(cores)
-        rows = self.rows.get((self.out.layer, tile, first))
-        if rows is None:
-            rows = self._rows(step, layer, schedule, tile, sources, first)
-            self.rows[self.out.layer, tile, first] = rows
-        for register, settings in rows.settings:
-            self._set(cores, register, settings)
         bank = schedule.partial_place.bank if splits and schedule.partial_place else 0
-        writes: list[Span] = [rows.writes]
+        writes: list[Span] = [needs.writes]
         shared: list[Span] = []
         if splits:
-            kind = self.types[step.output]
             memory = "offchip" if schedule.partial == "offchip" else ("bank", bank)
             words = self._partial_words(step, schedule)
-            # Where tiles or shares differ in size, a core's partial sums lie in another's place.
-            alike = kind.height % (schedule.tile[0] * schedule.row_groups) == 0
-            alike = alike and kind.width % schedule.tile[1] == 0
-            alike = alike and not schedule.chained
-            place = self.partial_base if schedule.chained else partial_base
-            (writes if alike else shared).append((memory, place, place + words))
+            span: Span = (memory, partial_at[0], partial_at[0] + words)
+            (writes if self._alike(schedule, self.types[step.output]) else shared).append(span)
         mask = _mask(cores)
         self.loader.computes(cores)
         decoded: Mapping[int, DecodedLoad] | None = None
         if self.image.content == "sizes":
-            decoded = decoded_load(self.packed[layer.name], load)
-        y, x = rows.position
+            decoded = decoded_load(self.packed[step.layer.name], load)
+        y, x = needs.position
         lanes = compute_lanes(mask)
         loaded.readers[lanes] = self.out.emit(
             isa.Conv(
@@ -478,50 +515,35 @@ class _Generator:
                 codes=loaded.index + loaded.image.parts.descriptor_bytes,
                 parameters=loaded.parameters,
                 slot=loaded.slot,
-                y=y + first,
+                y=y,
                 x=x,
-                height=height,
-                width=tile[3],
+                height=part.height,
+                width=part.width,
                 partial=int(splits and schedule.partial == "offchip"),
                 partial_bank=bank,
-                partial_base=partial_base if splits else 0,
+                partial_base=sum(partial_at) if splits else 0,
             ),
             lanes,
             loaded.before(cores),
-            rows.reads,
+            needs.reads,
             writes,
             shared,
             decoded,
         )
 
-    def _rows(
-        self,
-        step: Step,
-        layer: Conv,
-        schedule: LayerSchedule,
-        tile: Tile,
-        sources: Sequence[_Source],
-        first: int,
-    ) -> _Rows:
-        """Give what computing a tile's rows from ``first`` on sets and touches."""
-        skipped = first * step.pooling[0]
-        settings = [
-            self._sas(
-                context,
-                source,
-                skipped,
-                term.stride,
-                term.dilation,
-                term.kernel[1],
-                term.shift,
-            )
-            for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False))
-        ]
-        blocks = self.types[step.output].blocks
-        target, position, writes = self._target(step, schedule, tile, 0, blocks)
-        residual = self._residual(step, layer, schedule, tile, sources, skipped)
-        settings.append(self._apw(self._conv_apw(step, layer, target), residual))
-        return _Rows(settings, position, [source.span for source in sources], writes)
+    @staticmethod
+    def _alike(schedule: LayerSchedule, kind: MapType) -> bool:
+        """Tell whether a core's partial sums lie in a place of its own, in every tile.
+
+        They do not where tiles, shares or parts differ in size, nor along a chain.
+        """
+        (height, width), groups = schedule.tile, schedule.row_groups
+        cut = schedule.row_cuts or schedule.column_cuts
+        return (
+            kind.height % (height * groups) == kind.width % width == 0
+            and (not cut or (height, width) == (kind.height, kind.width))
+            and not schedule.chained
+        )
 
     def _load(self, turn: int) -> Load:
         number = self.turns[turn].load
@@ -566,7 +588,7 @@ class _Generator:
         schedule: LayerSchedule,
         tile: Sequence[int],
         sources: Sequence[_Source],
-        skipped: int,
+        at: tuple[int, int],
     ) -> dict[str, int] | None:
         if layer.residual is None:
             return None
@@ -581,8 +603,8 @@ class _Generator:
             "width": source.width,
             "wide": int(source.type.bits == 8),
             "shift": layer.residual.shift,
-            "y": skipped + (0 if staged else tile[0] * ph),
-            "x": 0 if staged else tile[1] * pw,
+            "y": at[0] + (0 if staged else tile[0] * ph),
+            "x": at[1] + (0 if staged else tile[1] * pw),
         }
 
     # -- pools and additions ---------------------------------------------------------------------
@@ -662,6 +684,14 @@ class _Generator:
 
 def _mask(cores: Iterable[int]) -> int:
     return sum(1 << core for core in cores)
+
+
+def _kept(before: Sequence[_Setting], settings: Sequence[_Setting]) -> int:
+    """Give how many settings of a register stand as they are, the later ones set anew or added."""
+    if len(before) > len(settings):
+        return 0  # what was added is cleared by the first
+    pairs = zip(before, settings, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

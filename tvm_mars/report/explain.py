@@ -24,9 +24,8 @@ from mars_runtime.trace import occupancy
 from ..compiler import NamedGraph, build_region, pack, with_channel_order
 from ..graph import Conv, ConvTerm, Graph, MapType
 from ..pack import PackedConv, blocked, pack_conv
-from ..schedule import Schedule, plan
+from ..schedule import Schedule, Step, least_macro_cycles, plan
 from ..tuner.bound import least_cycles
-from .compression import compression
 
 if TYPE_CHECKING:
     from ..frontend.partition import Partition, Piece
@@ -137,9 +136,10 @@ class LayerExplanation:
     busy : mapping of str to int
         For each of :data:`BOUNDS` the core cycles of its busiest unit.
     floor : int
-        Core cycles below which no schedule brings the same work. With weights: all macro cycles
-        and, unless macros can be written while they compute, all writing of them, shared evenly by
-        the cores. Without: the accesses to the busier bank, shared evenly.
+        Core cycles below which no schedule brings the same work. With weights: the macro cycles at
+        all pixels whose taps meet the map and, unless macros can be written while they compute, all
+        writing of them, shared evenly by the cores. Without: the accesses to the busier bank,
+        shared evenly.
     stalls : mapping of str to int
         Core cycles without computing, by cause, summed over cores.
     group_sets : GroupSets or None
@@ -278,9 +278,8 @@ def explain(
         counts = {name: layer.group_sets for name, layer in pack(again, arch).items()}
         reordered = _Run.of(again, arch, plan)
         packed_saved += sum(untuned.cycles.values()) - sum(reordered.cycles.values())
-        least = {row.name: row.cycles for row in compression(run.graph, arch).layers}
         found = [
-            _layer(run, place, lanes, number, piece, least, counts)
+            _layer(run, place, lanes, number, piece, counts)
             for place, lanes in enumerate(occupancy(run.region, arch))
         ]
         floors = sum(layer.floor for layer in found)
@@ -359,7 +358,6 @@ def _layer(
     lanes: Mapping[str, int],
     number: int,
     piece: Piece,
-    least: Mapping[str, float],
     reordered: Mapping[str, int],
 ) -> LayerExplanation:
     info, time = run.region.layers[place], run.times[place]
@@ -372,7 +370,8 @@ def _layer(
         packed = pack_conv(layer, run.graph.types, run.arch)
         group_sets = _group_sets(layer, packed, reordered[layer.name], run.arch)
         narrow = _narrow(layer, run.graph.types, run.arch, busy["compute"])
-        floor = least[layer.name] + _writing(packed, run.arch)
+        least = least_macro_cycles(run.arch, Step(layer), packed, run.graph.types)
+        floor = int(least.sum()) / run.arch.cores + _writing(packed, run.arch)
     else:
         floor = max(_accesses(lanes).values()) / run.arch.cores
     return LayerExplanation(

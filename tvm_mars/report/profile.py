@@ -94,13 +94,14 @@ class LayerProfile:
         return None if self.dense_cycles is None else _ratio(self.dense_cycles, self.cycles)
 
     def filled(self, arch: MarsArch) -> float | None:
-        """Share of the executed multiplications whose weight the layer has.
+        """Share of the multiplications whose weight the layer has, those passed over included.
 
         The others pad channels to 16, a depthwise layer's group-sets beside their diagonal, or
         are done twice where tiles overlap. None for a layer that multiplies nothing.
         """
         needed = self.macs * self.group_sets
-        return _ratio(needed, self.dense_group_sets * self.counters.macs(arch))
+        pairs = self.counters.group_sets + self.counters.passed_over
+        return _ratio(needed, self.dense_group_sets * pairs * arch.group_set_weights)
 
 
 @attrs.frozen(kw_only=True)

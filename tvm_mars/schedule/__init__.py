@@ -3,12 +3,15 @@
 :func:`plan` makes a schedule that is good without tuning; a tuner chooses among others.
 """
 
-from .choices import Choice, Point, point_of
+from .border import border_cuts, least_macro_cycles, met_pixels
+from .choices import BORDERS, Border, Choice, Point, point_of
 from .loads import make_loads
 from .plan import Planner, Step, fuse_pools, plan, scheduled_steps, smallest_tile, tile_extents
 from .types import LayerSchedule, Load, Piece, Place, Schedule, ScheduleError
 
 __all__ = [
+    "BORDERS",
+    "Border",
     "Choice",
     "LayerSchedule",
     "Load",
@@ -19,8 +22,11 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Step",
+    "border_cuts",
     "fuse_pools",
+    "least_macro_cycles",
     "make_loads",
+    "met_pixels",
     "plan",
     "point_of",
     "scheduled_steps",

@@ -6,7 +6,7 @@ default schedule: blocks heaviest first to the core with the least work, maps in
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import attrs
 
@@ -14,7 +14,10 @@ from ..graph import Graph
 from .plan import fuse_pools
 from .types import Schedule
 
-__all__ = ["Choice", "Point", "point_of"]
+__all__ = ["BORDERS", "Border", "Choice", "Point", "point_of"]
+
+Border: TypeAlias = Literal["whole", "rows", "both"]
+BORDERS: tuple[Border, ...] = ("whole", "rows", "both")
 
 
 @attrs.frozen(kw_only=True)
@@ -53,6 +56,9 @@ class Choice:
         Whether each core has a CONV of its own.
     chained : bool
         Whether the layer's one kernel block is spread over the cores.
+    border : "whole", "rows" or "both"
+        Whether rows, or rows and columns, at the border have CONVs of their own, which pass over
+        the taps that only meet padding there.
     """
 
     tile: tuple[int, int]
@@ -70,6 +76,7 @@ class Choice:
     slots: Literal["low", "next"] = "low"
     apart: bool = False
     chained: bool = False
+    border: Border = "whole"
 
 
 @attrs.frozen

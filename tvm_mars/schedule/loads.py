@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 
-from ..pack import PackedConv
+from ..pack import PackedBlock, PackedConv
 from .types import Load, Piece, ScheduleError
 
 __all__ = ["chained_loads", "make_loads"]
@@ -64,7 +65,7 @@ class _Room:
 def make_loads(
     packed: PackedConv,
     arch: MarsArch,
-    accesses: Sequence[int],
+    cycles: Sequence[npt.ArrayLike],
     row_groups: int = 1,
     most: int = 0,
 ) -> tuple[Load, ...]:
@@ -78,15 +79,14 @@ def make_loads(
 
     Parameters
     ----------
-    accesses : sequence of int
-        Macro accesses per group-set and pixel, for each term of the layer.
+    cycles : sequence of int or array
+        What a group-set of each term of the layer costs: a number, or one for each tap.
     row_groups : int
         Into how many groups the cores are divided, each of which holds all blocks.
     most : int
         Group-sets that a load may put on a core, where the array holds more; 0 for all of it.
     """
-    weight = np.asarray(accesses)
-    costs = [max(1, int(weight[block.terms].sum())) for block in packed.blocks]
+    costs = [max(1, _cost(block, cycles)) for block in packed.blocks]
     order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
     work = [0] * (arch.cores // row_groups)
     dealt: list[list[int]] = [[] for _ in work]
@@ -104,6 +104,15 @@ def make_loads(
         )
         for i in range(count)
     )
+
+
+def _cost(block: PackedBlock, cycles: Sequence[npt.ArrayLike]) -> int:
+    found = 0
+    for term, cost in enumerate(cycles):
+        taps = block.taps[block.terms == term]
+        by_tap = np.asarray(cost)
+        found += int(by_tap[taps].sum() if by_tap.ndim else by_tap * len(taps))
+    return found
 
 
 def chained_loads(packed: PackedConv, arch: MarsArch) -> tuple[Load, ...]:

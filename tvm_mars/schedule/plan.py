@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 import attrs
+import numpy.typing as npt
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
@@ -18,11 +19,12 @@ from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cost, offchip_cycles
 
 from ..graph import Add, Conv, Graph, Layer, Pool
 from ..pack import PackedConv
+from .border import border_cuts
 from .loads import make_loads
 from .types import LayerSchedule, Load, Place, Schedule, ScheduleError
 
 if TYPE_CHECKING:
-    from .choices import Choice, Point
+    from .choices import Border, Choice, Point
 
 # A staged input, by its position among the layer's inputs; "output"; "partial".
 Item: TypeAlias = int | str
@@ -238,11 +240,20 @@ class Planner:
         groups = {1, max(1, min(spare, self.types[layer.name].height))}
         return {count: self.make_loads(layer, count) for count in sorted(groups)}
 
-    def make_loads(self, layer: Conv, row_groups: int, most: int = 0) -> tuple[Load, ...]:
-        """Give a layer's loads for so many groups of cores (see :func:`make_loads`)."""
-        accesses = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
-        packed = self.packed[layer.name]
-        return make_loads(packed, self.arch, accesses, row_groups, most)
+    def make_loads(
+        self,
+        layer: Conv,
+        row_groups: int,
+        most: int = 0,
+        cycles: Sequence[npt.ArrayLike] | None = None,
+    ) -> tuple[Load, ...]:
+        """Give a layer's loads for so many groups of cores (see :func:`make_loads`).
+
+        All taps of a term cost the same, unless it is said what they do.
+        """
+        if cycles is None:
+            cycles = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
+        return make_loads(self.packed[layer.name], self.arch, cycles, row_groups, most)
 
     def plan(self) -> Schedule:
         """Make the default schedule."""
@@ -402,6 +413,7 @@ class Planner:
         )
         if arranged is None:
             refuse(f"what a tile of {height}x{width} needs does not fit the banks")
+        row_cuts, column_cuts = self.cuts(step, choice.border)
         return attrs.evolve(
             self._layer_schedule(
                 step,
@@ -419,6 +431,8 @@ class Planner:
             slots=choice.slots,
             apart=choice.apart,
             chained=choice.chained,
+            row_cuts=row_cuts,
+            column_cuts=column_cuts,
         )
 
     def _layer_schedule(
@@ -449,6 +463,13 @@ class Planner:
             partial_place=arranged.get("partial"),
             row_groups=row_groups,
         )
+
+    def cuts(self, step: Step, border: Border) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Give the written rows and columns at which a step's CONVs end by a choice."""
+        if border == "whole" or not isinstance(step.layer, Conv):
+            return (), ()
+        rows, columns = border_cuts(self.arch, step, self.types)
+        return rows, columns if border == "both" else ()
 
     # -- options of a step -------------------------------------------------------------------
 

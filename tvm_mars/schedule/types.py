@@ -11,7 +11,9 @@ import attrs
 from mars_runtime.errors import MarsError
 from mars_runtime.maps import MapType
 
-__all__ = ["LayerSchedule", "Load", "Piece", "Place", "Schedule", "ScheduleError", "Share"]
+from .border import runs
+
+__all__ = ["LayerSchedule", "Load", "Part", "Piece", "Place", "Schedule", "ScheduleError", "Share"]
 
 
 class ScheduleError(MarsError, ValueError):
@@ -94,6 +96,21 @@ class Share:
 
 
 @attrs.frozen
+class Part:
+    """Rows and columns of a tile that one CONV computes, counted within the tile."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels written."""
+        return self.height * self.width
+
+
+@attrs.frozen
 class LayerSchedule:
     """How one layer runs.
 
@@ -143,6 +160,9 @@ class LayerSchedule:
     chained : bool
         Whether the layer's one kernel block is spread over the cores: each continues the partial
         sum of the one before.
+    row_cuts, column_cuts : tuple of int
+        Rows and columns of the output at which a CONV ends within a tile, so that those at the
+        border pass over the taps that only meet padding there.
     """
 
     layer: str
@@ -165,6 +185,8 @@ class LayerSchedule:
     fetch_ahead: tuple[int, ...] = ()
     apart: bool = False
     chained: bool = False
+    row_cuts: tuple[int, ...] = ()
+    column_cuts: tuple[int, ...] = ()
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
         """Yield row, column, height and width of each tile of the output map."""
@@ -187,6 +209,12 @@ class LayerSchedule:
             if height > 0:
                 yield Share(tuple(range(group * size, (group + 1) * size)), first, height)
 
+    def parts(self, tile: tuple[int, int, int, int], share: Share) -> Iterator[Part]:
+        """Yield what each CONV computes of a share of a tile."""
+        for y, height in runs(tile[0] + share.first, share.height, self.row_cuts):
+            for x, width in runs(tile[1], tile[3], self.column_cuts):
+                yield Part(y - tile[0], x - tile[1], height, width)
+
     def __str__(self) -> str:
         places = [
             f"bank{place.bank}+{place.base}{' staged' if staged else ''}"
@@ -195,10 +223,14 @@ class LayerSchedule:
         out = f"bank{self.place.bank}+{self.place.base}{' staged' if self.output_staged else ''}"
         partial = f", partial sums {self.partial}" if self.partial != "none" else ""
         groups = f", rows in {self.row_groups} groups" if self.row_groups > 1 else ""
+        cut = ""
+        if self.row_cuts or self.column_cuts:
+            count = (1 + len(self.row_cuts)) * (1 + len(self.column_cuts))
+            cut = f", border cut into {count} parts"
         fused = f" with {self.output}" if self.output != self.layer else ""
         return (
             f"{self.layer}{fused}: {len(self.loads)} loads, tile {self.tile[0]}x{self.tile[1]}, "
-            f"{self.order} outside, {' '.join(places)} -> {out}{partial}{groups}"
+            f"{self.order} outside, {' '.join(places)} -> {out}{partial}{groups}{cut}"
         )
 
 

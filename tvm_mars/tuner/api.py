@@ -211,5 +211,7 @@ def _named_graphs(
     from ..frontend import adapter
 
     ir = adapter()
-    partition = ir.partition_of(ir.import_model(mod, shape), options)
-    return [piece.graph for piece in partition.pieces]
+    partitioned = ir.partition_for_mars(
+        ir.import_model(mod, shape), arch=options.arch, channel_order=options.channel_order
+    )
+    return [NamedGraph.of(graph) for graph in ir.graphs_of(partitioned)]

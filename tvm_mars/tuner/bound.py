@@ -1,8 +1,13 @@
 """A number of cycles that no schedule of a network beats on a machine.
 
-It follows from what each layer needs, whatever the schedule: let its *work* be the macro cycles of
-all its group-sets at all pixels that it computes, and its *group-sets* those that are stored. A
-layer computes when the layers that it depends on are done; each group-set is filled at least once,
+It follows from what each layer needs, whatever the schedule. Let its *group-sets* be those that are
+stored, and its *work* the cycles of cores: for each kernel block those of the macros, or of the
+busier bank's port if that takes longer, with every map in the bank where it costs least. A
+group-set takes accesses at the pixels at which its tap meets the map, not at others: their padding
+may be passed over. What the window of a fused pool covers is computed by one CONV, so that a tap
+that meets the map from one of its pixels takes accesses at all of them; a pool of its own reads the
+map again; the less of both counts. A pool or an addition works as long as its port. A layer
+computes when the layers that it depends on are done; each group-set is filled at least once,
 before the core that holds it computes with it; a core holds no more group-sets than it has slots,
 and fills no more than those between two openings of its array, since it has to compute in between.
 
@@ -13,8 +18,8 @@ holds.
 **With full overlap** let ``ready(f)`` be a bound of when the layers that ``f`` depends on are done,
 0 if there are none. Two things bound the end of a layer ``l``:
 
-- It computes for its work over the cores after ``ready(l)``; a layer that depends on no other waits
-  for an opened array and its first group-set.
+- It computes for its work over the cores after ``ready(l)``, and after an array was opened and a
+  group-set filled.
 - Take any ``f`` that is ``l`` or that ``l`` depends on, and the layers between: those that are or
   depend on ``f`` and that are or ``l`` depends on. None of them computes before ``ready(f)``, at
   which the cores hold at most all their slots of their group-sets, or nothing if ``f`` depends on
@@ -26,30 +31,35 @@ The latency is at least the latest end. In all cases the off-chip port is held f
 that is fetched with its index code, and for every map that leaves.
 
 What it leaves out makes it too small: kernel blocks do not divide evenly over cores, a core holds
-what it computes with while it is filled, drains, tables, maps that enter, pools and additions.
+what it computes with while it is filled, drains, tables, maps that enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.packing import group_set_bytes
-from mars_runtime.timing import WORD_BITS, fill_cost, offchip_cycles
+from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cost, inside, offchip_cycles
 
-from ..graph import Conv, Graph
+from ..graph import Add, Conv, Graph, Pool
 from ..pack import PackedConv
-from ..schedule import fuse_pools
+from ..schedule import Step, fuse_pools, least_macro_cycles
 
 __all__ = ["least_cycles"]
 
 
 @attrs.frozen
 class _Layer:
-    """A layer's needs: macro cycles, group-sets, cycles to fill one; and what it depends on."""
+    """A layer's needs: cores' cycles, group-sets, cycles to fill one; and what it depends on."""
 
     work: int
     group_sets: int
@@ -66,24 +76,27 @@ def least_cycles(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv])
 
 
 def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> dict[str, _Layer]:
-    """Give the convolutions in order; other layers only hand their dependencies on."""
-    # A fused pool leaves out the pixels that no window covers.
+    """Give the layers in order; a pool that may be fused belongs to its convolution."""
     steps = {step.layer.name: step for step in fuse_pools(graph)}
     before: dict[str, frozenset[str]] = {}
     found: dict[str, _Layer] = {}
     for layer in graph.layers:
         behind = (before.get(name, frozenset()) for name in layer.inputs)
         before[layer.name] = frozenset[str]().union(*behind)
+        if layer.name not in steps:
+            continue
         if not isinstance(layer, Conv):
+            work = _pass_work(graph, layer)
+            found[layer.name] = _Layer(work, 0, 0, 0, before[layer.name])
+            before[layer.name] |= {layer.name}
             continue
         held, step = packed[layer.name], steps[layer.name]
-        out, kept = graph.types[layer.name], graph.types[step.output]
-        windows = kept.height * step.pooling[0] * kept.width * step.pooling[1]
-        pixels = min(out.height * out.width, windows)
-        accesses = [arch.accesses(graph.types[term.input].bits) for term in layer.terms]
-        work = sum(accesses[term] for block in held.blocks for term in block.terms)
+        work = _conv_work(graph, arch, held, Step(layer))
+        if step.pool:
+            fused = _conv_work(graph, arch, held, step)
+            work = min(work + _pass_work(graph, step.pool), fused)
         found[layer.name] = _Layer(
-            work * pixels,
+            work,
             held.group_sets,
             fill_cost(arch, 1, held.weight_bits).cycles,
             arch.slots(held.weight_bits),
@@ -91,6 +104,76 @@ def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> d
         )
         before[layer.name] |= {layer.name}
     return found
+
+
+def _conv_work(graph: Graph, arch: MarsArch, held: PackedConv, step: Step) -> int:
+    """Give the cores' cycles of a convolution if every written pixel has a CONV of its own."""
+    layer, types = step.layer, graph.types
+    assert isinstance(layer, Conv)
+    out = types[step.output]
+    written = out.height * out.width
+    pixels = written * math.prod(step.pooling)
+    rows, columns = out.height * step.pooling[0], out.width * step.pooling[1]
+    macros = least_macro_cycles(arch, step, held, types)
+    ports = [np.full_like(macros, written * (RAW_WORDS if layer.requant is None else 1))]
+    if layer.residual:
+        ports.append(np.full_like(macros, pixels * types[layer.residual.input].planes))
+    for number, term in enumerate(layer.terms):
+        source, kernel, pad = types[term.input], term.kernel, term.padding
+        inside = np.outer(
+            _inside(rows, kernel[0], term.stride[0], term.dilation[0], pad[0], source.height),
+            _inside(columns, kernel[1], term.stride[1], term.dilation[1], pad[1], source.width),
+        ).reshape(-1)
+        accesses = arch.accesses(source.bits)
+        taps = (block.taps[block.terms == number] for block in held.blocks)
+        ports.append(np.array([accesses * int(inside[one].sum()) for one in taps]))
+    return _busiest(macros, ports)
+
+
+def _pass_work(graph: Graph, layer: Pool | Add) -> int:
+    """Give the cores' cycles of a pool or an addition."""
+    out, types = graph.types[layer.name], graph.types
+    ports = [np.array([out.height * out.width])]
+    if isinstance(layer, Pool):
+        source = types[layer.input]
+        rows = _inside(
+            out.height, layer.kernel[0], layer.stride[0], 1, layer.padding[0], source.height
+        )
+        columns = _inside(
+            out.width, layer.kernel[1], layer.stride[1], 1, layer.padding[1], source.width
+        )
+        ports.append(np.array([rows.sum() * columns.sum() * source.planes]))
+    else:
+        ports += [ports[0] * types[operand.input].planes for operand in layer.operands]
+    return out.blocks * _busiest(np.zeros(1, np.int64), ports)
+
+
+def _inside(
+    count: int, kernel: int, stride: int, dilation: int, padding: int, size: int
+) -> npt.NDArray[Any]:
+    """Give for each tap of an axis how many of its positions lie inside the map."""
+    return np.array(
+        [inside(count, stride, tap * dilation - padding, size) for tap in range(kernel)]
+    )
+
+
+def _busiest(macros: npt.NDArray[Any], ports: Sequence[npt.NDArray[Any]]) -> int:
+    """Give the cycles of kernel blocks, each map in the bank where that is least.
+
+    Parameters
+    ----------
+    macros : int array ``[blocks]``
+        Cycles of the macros.
+    ports : sequence of int array ``[blocks]``
+        Port accesses for each map that is read or written.
+    """
+    found = []
+    for banks in itertools.product((0, 1), repeat=len(ports) - 1):
+        load = [macros, np.zeros_like(macros), np.zeros_like(macros)]
+        for bank, accesses in zip((0, *banks), ports, strict=True):
+            load[1 + bank] = load[1 + bank] + accesses
+        found.append(int(np.max(load, axis=0).sum()))
+    return min(found)
 
 
 def _in_turn(layers: Mapping[str, _Layer], arch: MarsArch) -> int:
@@ -105,8 +188,8 @@ def _filled_behind(layers: Mapping[str, _Layer], arch: MarsArch) -> int:
     end: dict[str, int] = {}
     for name, layer in layers.items():
         ready = _ready(layer, end)
-        if not layer.before and layer.group_sets:
-            ready += arch.array_fill_cycles + layer.fill
+        if layer.group_sets:
+            ready = max(ready, arch.array_fill_cycles + layer.fill)
         latest = ready + -(-layer.work // arch.cores)
         for first in (*layer.before, name):
             between = [
@@ -125,9 +208,10 @@ def _ready(layer: _Layer, end: Mapping[str, int]) -> int:
 
 def _refilled(layers: list[_Layer], arch: MarsArch) -> int:
     """Give the cycles in which layers are filled that begin together, beyond what may be there."""
-    slots = max(layer.slots for layer in layers)
-    fill = min(layer.fill for layer in layers)
     is_first = any(not layer.before for layer in layers)
+    layers = [layer for layer in layers if layer.group_sets]
+    slots = max((layer.slots for layer in layers), default=1)
+    fill = min((layer.fill for layer in layers), default=0)
     fresh = sum(layer.group_sets for layer in layers) - (0 if is_first else arch.cores * slots)
     if fresh <= 0:
         return 0

@@ -18,6 +18,7 @@ fetch_lead       how many more its fetching
 next             whether macro slots rotate
 apart            whether each core has a CONV of its own
 chained          whether its one kernel block is spread over the cores
+border           0 for the whole map, 1 for rows of their own at the border, 2 for columns too
 group_sets       of the layer, as a share of the chip's arrays
 pixels           of the layer, as a share of the graph's largest
 held             group-sets of the core that has most, in arrays
@@ -41,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph import Conv
-from ..schedule import Choice, Point, ScheduleError, Step
+from ..schedule import BORDERS, Choice, Point, ScheduleError, Step
 from .boosting import fit, predict, require_xgboost
 from .space import Space
 
@@ -108,6 +109,7 @@ def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> li
         choice.slots == "next",
         choice.apart,
         choice.chained,
+        BORDERS.index(choice.border),
         packed.group_sets / (capacity * space.arch.cores) if packed else 0.0,
         out.height * out.width / largest,
     ]

@@ -7,19 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
 from mars_runtime.timeline import Timeline
-from mars_runtime.timing import RAW_WORDS
+from mars_runtime.timing import RAW_WORDS, fill_cycles
 
 from ..codegen import time_schedule
 from ..compiler import pack
 from ..graph import Conv, Graph
 from ..pack import PackedConv
 from ..schedule import (
+    BORDERS,
+    Border,
     Choice,
     LayerSchedule,
     Load,
@@ -28,10 +32,12 @@ from ..schedule import (
     Schedule,
     ScheduleError,
     Step,
+    met_pixels,
     plan,
     point_of,
     tile_extents,
 )
+from ..schedule.border import runs
 from ..schedule.loads import chained_loads
 
 __all__ = ["Share", "Space"]
@@ -43,11 +49,17 @@ TILES = 4  # times as many tiles as the default has
 
 @attrs.frozen
 class Share:
-    """What falls to the core that has most of a layer: group-sets, macro cycles, loads."""
+    """What falls to the core that has most of a layer: group-sets, macro cycles, loads, CONVs.
+
+    As if the map was one tile. ``busy`` are the cycles of the macros, or of the port to which a
+    kernel block is written where that takes longer.
+    """
 
     group_sets: int
     cycles: int
+    busy: int
     loads: int
+    convs: int
 
 
 @attrs.frozen(eq=False)
@@ -111,7 +123,7 @@ class Space:
 
     def loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
         """Give the loads that a layer has by a choice, made once for all points."""
-        key = (layer.name, choice.row_groups, choice.most, choice.chained)
+        key = (layer.name, choice.row_groups, choice.most, choice.chained, choice.border)
         if key not in self._loads:
             self._loads[key] = self._make_loads(layer, choice)
         return self._loads[key]
@@ -119,21 +131,54 @@ class Space:
     def share(self, layer: Conv, choice: Choice) -> Share:
         """Give what falls to the core that has most of a layer; raises as :meth:`realize`."""
         loads = self.loads(layer, choice)
-        key = (layer.name, choice.row_groups, loads)
+        key = (layer.name, choice.row_groups, choice.border, loads)
         if key not in self._shares:
-            out = self.graph.types[layer.name]
-            accesses = [self.arch.accesses(self.graph.types[t.input].bits) for t in layer.terms]
+            by_tap = self._cycles(layer, choice.border)
+            first = np.cumsum([0, *(cycles.shape[1] for cycles in by_tap)])
+            together = np.concatenate(by_tap, axis=1)
+            out, residual = self.graph.types[layer.name], layer.residual
+            cuts = self._planner().cuts(Step(layer), choice.border)
+            heights, widths = (
+                np.array([count for _, count in runs(0, length, at)])
+                for length, at in zip((out.height, out.width), cuts, strict=True)
+            )
+            pixels = np.outer(heights, widths).reshape(-1)
+            finish = RAW_WORDS if layer.requant is None else 1
+            finish += self.graph.types[residual.input].planes if residual else 0
             held = [0] * self.arch.cores
-            work = [0] * self.arch.cores
+            work, busy = [0] * self.arch.cores, [0] * self.arch.cores
             for load in loads:
                 for core, pieces in enumerate(load.cores):
                     held[core] += load.group_sets(core)
                     for piece in pieces:
-                        terms = self.packed[layer.name].blocks[piece.block].terms
-                        work[core] += sum(accesses[t] for t in terms[piece.start : piece.stop])
+                        block = self.packed[layer.name].blocks[piece.block]
+                        own = slice(piece.start, piece.stop)
+                        places = first[block.terms[own]] + block.taps[own]
+                        words = RAW_WORDS * ((not piece.first) + (not piece.last))
+                        words += finish if piece.last else 0
+                        macros = together[:, places].sum(axis=1)
+                        work[core] += int(macros.sum())
+                        busy[core] += int(np.maximum(macros, words * pixels).sum())
             rows = -(-out.height // choice.row_groups)
-            self._shares[key] = Share(max(held), max(work) * rows * out.width, len(loads))
+            parts = (1 + -(-len(cuts[0]) // choice.row_groups)) * (1 + len(cuts[1]))
+            self._shares[key] = Share(
+                max(held),
+                -(-max(work) * rows // out.height),
+                -(-max(busy) * rows // out.height),
+                len(loads),
+                len(loads) * parts,
+            )
         return self._shares[key]
+
+    def _cycles(self, layer: Conv, border: Border) -> list[npt.NDArray[Any]]:
+        """Give for each term, by part and tap, the macro cycles of a group-set on one core."""
+        types, out = self.graph.types, self.graph.types[layer.name]
+        cuts = self._planner().cuts(Step(layer), border)
+        return [
+            self.arch.accesses(types[term.input].bits)
+            * met_pixels(self.arch, term, types[term.input], (out.height, out.width), cuts)
+            for term in layer.terms
+        ]
 
     def _make_loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
         if choice.chained:
@@ -142,7 +187,13 @@ class Space:
             raise ScheduleError(
                 f"{choice.row_groups} groups of {self.arch.cores} cores", where=layer.name
             )
-        return self._planner().make_loads(layer, choice.row_groups, choice.most)
+        cycles = None
+        if choice.border != "whole":
+            # A core's filling takes its time, too.
+            wide = int(self.packed[layer.name].weight_bits == 8)
+            fill = fill_cycles(self.arch, isa.Fill(count=1, weight_bits=wide))
+            cycles = [fill + each.sum(axis=0) for each in self._cycles(layer, choice.border)]
+        return self._planner().make_loads(layer, choice.row_groups, choice.most, cycles)
 
     def _planner(self) -> Planner:
         return Planner(self.graph, self.arch, self.packed)
@@ -233,6 +284,9 @@ class Space:
         }
         if isinstance(step.layer, Conv):
             found |= self._load_domain(step.layer, default, out.height)
+            # Where a choice cuts no more than the one before, it is no choice.
+            cuts = {self._planner().cuts(step, border): border for border in reversed(BORDERS)}
+            found["border"] = tuple(border for border in BORDERS if border in cuts.values())
         else:
             found |= {"block_tile": tuple(tile_extents(out.blocks))}
         return {

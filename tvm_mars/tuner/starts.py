@@ -14,12 +14,16 @@ from ..graph import Conv
 from ..schedule import Choice, Point, ScheduleError
 from .space import Space, replaced
 
-__all__ = ["layout", "starts", "uniform"]
+__all__ = ["bordered", "layout", "starts", "uniform"]
 
 
 def starts(space: Space) -> Iterator[Point]:
-    """Yield the default point, those that differ from it in all steps alike, and layouts."""
+    """Yield the default point, those that differ from it in all steps alike, and layouts.
+
+    All but the first have borders cut where that pays.
+    """
     yield space.default
+    yield bordered(space, space.default)
     finest = {"most": 1, "chunk": 16, "chained": True}
     for changes in (
         {"join": True},
@@ -29,10 +33,10 @@ def starts(space: Space) -> Iterator[Point]:
         {"join": True, "slots": "next"} | finest,
         {"join": True, "fetch_lead": 1} | finest,
     ):
-        yield uniform(space, changes)
+        yield bordered(space, uniform(space, changes))
     if space.arch.overlap == "full":
         for most, balanced in itertools.product((8, 12), (None, 1024, 256)):
-            yield layout(space, most, balanced)
+            yield bordered(space, layout(space, most, balanced))
 
 
 def uniform(space: Space, changes: dict[str, Any]) -> Point:
@@ -56,6 +60,33 @@ def uniform(space: Space, changes: dict[str, Any]) -> Point:
                 wanted["most"] = choice.most
         steps.append(attrs.evolve(choice, **wanted))
     return attrs.evolve(space.default, steps=tuple(steps))
+
+
+def bordered(space: Space, point: Point) -> Point:
+    """Give a point with borders cut where fewer cycles of cores outweigh the drains of more CONVs.
+
+    Where the kernel blocks, dealt out anew, have no room, it is the point itself.
+    """
+    arch, found = space.arch, point
+    for index, (step, choice) in enumerate(zip(space.steps(point), point.steps, strict=True)):
+        layer = step.layer
+        if not isinstance(layer, Conv):
+            continue
+        settings = 1 if layer.residual is None else 2  # SAS; RESIDUAL besides
+        drain = arch.macro_latency_cycles + arch.apw_latency_cycles + settings * arch.issue_cycles
+        best: tuple[int, Choice] | None = None
+        for border in space.domain(index)["border"]:
+            cut = attrs.evolve(choice, border=border)
+            try:
+                share = space.share(layer, cut)
+            except ScheduleError:
+                continue
+            cost = share.busy + share.convs * drain
+            if best is None or cost < best[0]:
+                best = cost, cut
+        if best is not None:
+            found = replaced(found, index, best[1])
+    return found if _has_room(space, found) else point
 
 
 def layout(space: Space, most: int, balanced: int | None) -> Point:
