@@ -2,7 +2,7 @@
 
 All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` for VGG16 and
 ResNet-18 on every overlap; ``--sweep`` for the assumed ``macro_write_bits``; ``--compare`` for the
-strategies at equal trials and at equal time.
+strategies at equal trials and at equal time; ``--borders`` for what taps in the padding cost.
 
 The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 """
@@ -29,12 +29,13 @@ from tvm_mars.codegen import generate, time_schedule
 from tvm_mars.graph import Conv, Graph, Input, Output
 from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.paper import TABLE_I
-from tvm_mars.schedule import Point, Schedule
+from tvm_mars.schedule import Point, Schedule, Step, fuse_pools, least_macro_cycles
 from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space
+from tvm_mars.tuner.starts import bordered
 from tvm_mars.tuner.strategies import make_strategy
 from tvm_mars.zoo.entries import load
 
@@ -102,6 +103,47 @@ def table_of(
             f"{paper} ({fps(after, arch) / paper:.2f}x)",
         )
     console.print(table)
+
+
+def borders(console: Console) -> None:
+    """Print what is saved by passing over padding: macro cycles, and the default's latency."""
+    table = Table(title="the counted layers, macro cycles over the cores", box=None)
+    for name in ("layer", "all taps", "what meets the map", "saved", "pools fused", "saved"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    space = Space.of(vgg16(), PRESETS["mars"])
+    total = np.zeros(3)
+    for step in fuse_pools(space.graph)[1:]:
+        layer = step.layer
+        if not isinstance(layer, Conv) or layer.terms[0].kernel == (1, 1):
+            continue
+        held, types = space.packed[layer.name], space.graph.types
+        out = types[layer.name]
+        accesses = space.arch.accesses(types[layer.terms[0].input].bits)
+        found = [held.group_sets * out.height * out.width * accesses] + [
+            int(least_macro_cycles(space.arch, one, held, types).sum())
+            for one in (Step(layer), step)
+        ]
+        total += found
+        table.add_row(layer.name, *_saved(np.array(found) / space.arch.cores))
+    table.add_row("all", *_saved(total / space.arch.cores))
+    console.print(table)
+    for network, make in NETWORKS.items():
+        for bits in (8, 4):
+            space = Space.of(make(bits), PRESETS["mars"])
+            cut = space.time(bordered(space, space.default)).cycles
+            whole = space.time(space.default).cycles
+            console.print(f"{network} w8a{bits}: {whole:,} by default, {cut:,} with borders cut")
+
+
+def _saved(cycles: Sequence[float]) -> tuple[str, ...]:
+    every, met, fused = cycles
+    return (
+        f"{every:,.0f}",
+        f"{met:,.0f}",
+        f"{1 - met / every:.1%}",
+        f"{fused:,.0f}",
+        f"{1 - fused / every:.1%}",
+    )
 
 
 COMPARED = (
@@ -279,6 +321,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="over macro_write_bits")
     parser.add_argument("--compare", action="store_true", help="strategies")
     parser.add_argument("--network", default="digits", help="of the zoo, for --compare")
+    parser.add_argument("--borders", action="store_true", help="taps in the padding")
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
@@ -287,6 +330,9 @@ def main() -> None:
     mars = PRESETS["mars"]
     if options.speed:
         speed(console)
+        return
+    if options.borders:
+        borders(console)
         return
     if options.compare:
         graph = load(options.network)

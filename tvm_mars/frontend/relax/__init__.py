@@ -12,7 +12,7 @@ from tvm import relax, target
 from mars_runtime import tvm_bridge
 
 from .api import CompiledModel, build_for_cpu, compile, import_model
-from .codegen import codegen, partition_of, pipeline
+from .codegen import codegen, graphs_of, partition_of, pipeline
 from .exported import load_library
 from .partition import offload_report, partition_for_mars, register_chains
 from .quantization import QuantizeForMars, quantize, quantize_to_onnx
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizeForMars",
     "build_for_cpu",
     "compile",
+    "graphs_of",
     "import_model",
     "load_library",
     "offload_report",

@@ -21,6 +21,7 @@ from tvm import relax, te, tirx
 
 from mars_runtime.program import Program
 
+from ...graph import Graph
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import Lowered, lower
@@ -31,7 +32,7 @@ from .regions import INTERFACE, OPTIONS, is_region, read_region
 if TYPE_CHECKING:
     from ..partition import Partition
 
-__all__ = ["codegen", "collect_programs", "partition_of", "pipeline", "run_codegen"]
+__all__ = ["codegen", "collect_programs", "graphs_of", "partition_of", "pipeline", "run_codegen"]
 
 _CONSTANTS = "const_name_to_constant"
 _PROGRAMS: ContextVar[list[Program] | None] = ContextVar("mars_programs", default=None)
@@ -64,6 +65,16 @@ def collect_programs() -> Iterator[list[Program]]:
         yield programs
     finally:
         _PROGRAMS.reset(token)
+
+
+def graphs_of(mod: tvm.IRModule) -> list[Graph]:
+    """Give the graphs of a partitioned module's regions, in the order in which they run.
+
+    Their channels are in the model's order, whatever the option ``channel_order``.
+    """
+    options = CompileOptions.from_json(str(mod.attrs[OPTIONS]))
+    functions = [func for _, func in mod.functions_items() if is_region(func)]
+    return [piece.lowered.graph for piece in _pieces(functions, options)]
 
 
 def codegen(

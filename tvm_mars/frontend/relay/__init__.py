@@ -13,7 +13,7 @@ from tvm.target.tag import register_tag
 from mars_runtime import tvm_bridge
 
 from .api import CompiledModel, build_for_cpu, compile
-from .codegen import codegen, constant_updater, host_target, partition_of
+from .codegen import codegen, constant_updater, graphs_of, host_target, partition_of
 from .description import LISTENER, listen
 from .exported import load_library
 from .importer import import_model
@@ -27,6 +27,7 @@ __all__ = [
     "QuantizeForMars",
     "build_for_cpu",
     "compile",
+    "graphs_of",
     "import_model",
     "load_library",
     "offload_report",

@@ -20,11 +20,12 @@ from tvm import relay
 from mars_runtime.errors import UnsupportedError
 from mars_runtime.program import Program
 
+from ...graph import Graph
 from ...options import CompileOptions
 from ..interface import Interface
 from ..lower import lower
 from .nodes import sizes
-from .partition import offload_report, partition_for_mars
+from .partition import offload_report, options_of, partition_for_mars
 from .regions import INTERFACE, OPTIONS, read_region, regions
 from .wrapper import TensorSpec, wrapper
 
@@ -36,6 +37,7 @@ __all__ = [
     "collect_programs",
     "compiling_for",
     "constant_updater",
+    "graphs_of",
     "host_target",
     "partition_of",
     "whole_program",
@@ -77,6 +79,16 @@ def whole_program(pieces: Sequence[_Compiled]) -> Program | None:
         interface.host_operators,
         interface.host_reasons,
     )
+
+
+def graphs_of(mod: tvm.IRModule) -> list[Graph]:
+    """Give the graphs of a partitioned module's regions, in the order in which they run.
+
+    Their channels are in the model's order, whatever the option ``channel_order``.
+    """
+    arch = options_of(mod).arch
+    functions = sorted(regions(mod).values(), key=lambda func: _interface(func).index)
+    return [lower(read_region(func), arch).graph for func in functions]
 
 
 def _interface(func: relay.Function) -> Interface:
