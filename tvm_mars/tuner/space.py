@@ -15,7 +15,7 @@ from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
 from mars_runtime.timeline import Timeline
-from mars_runtime.timing import RAW_WORDS, fill_cycles
+from mars_runtime.timing import RAW_WORDS, fill_cost
 
 from ..codegen import time_schedule
 from ..compiler import pack
@@ -190,8 +190,7 @@ class Space:
         cycles = None
         if choice.border != "whole":
             # A core's filling takes its time, too.
-            wide = int(self.packed[layer.name].weight_bits == 8)
-            fill = fill_cycles(self.arch, isa.Fill(count=1, weight_bits=wide))
+            fill = fill_cost(self.arch, 1, self.packed[layer.name].weight_bits).cycles
             cycles = [fill + each.sum(axis=0) for each in self._cycles(layer, choice.border)]
         return self._planner().make_loads(layer, choice.row_groups, choice.most, cycles)
 
