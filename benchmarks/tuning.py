@@ -2,7 +2,8 @@
 
 All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` for VGG16 and
 ResNet-18 on every overlap; ``--sweep`` for the assumed ``macro_write_bits``; ``--compare`` for the
-strategies at equal trials and at equal time; ``--borders`` for what taps in the padding cost.
+strategies at equal trials and at equal time; ``--exhaustive`` for the search beside all of the
+schedules of single layers; ``--borders`` for what taps in the padding cost.
 
 The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 """
@@ -10,6 +11,7 @@ The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import statistics
 import sys
@@ -26,17 +28,24 @@ from rich.table import Table
 from mars_runtime import PRESETS, MarsArch, simulate
 from mars_runtime.quantize import Dequantize, Quantize
 from tvm_mars.codegen import generate, time_schedule
-from tvm_mars.graph import Conv, Graph, Input, Output
+from tvm_mars.graph import Conv, ConvTerm, Graph, Input, MapType, Output, Requant
 from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.paper import TABLE_I
-from tvm_mars.schedule import Point, Schedule, Step, fuse_pools, least_macro_cycles
+from tvm_mars.schedule import (
+    Point,
+    Schedule,
+    ScheduleError,
+    Step,
+    fuse_pools,
+    least_macro_cycles,
+)
 from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space
 from tvm_mars.tuner.starts import bordered
-from tvm_mars.tuner.strategies import make_strategy
+from tvm_mars.tuner.strategies import grid_points, make_strategy
 from tvm_mars.zoo.entries import load
 
 PAPER_FPS = {
@@ -206,6 +215,77 @@ def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -
     console.print(table)
 
 
+def single(
+    inputs: int,
+    outputs: int,
+    size: int,
+    kernel: int = 1,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    padded: bool = True,
+) -> Graph:
+    """Give a network of one convolution, every group-set of which is stored."""
+    pad = kernel // 2 if padded else 0
+    extent = (size + 2 * pad - kernel) // stride + 1
+    weight = np.ones((outputs, inputs // groups, kernel, kernel), np.int8)
+    term = ConvTerm("x0", weight, stride=(stride, stride), padding=(pad,) * 4, groups=groups)
+    kind = MapType(inputs, size, size, 8)
+    return Graph(
+        [Input("x0", kind, kind.shape, Quantize("uint8"))],
+        [Conv("conv0", [term], np.zeros(outputs), Requant.eq5(8, 16))],
+        [Output("conv0", (outputs, extent, extent), Dequantize("uint8"))],
+    )
+
+
+#: Layers that have at most some thousand schedules: one load, or several on few pixels.
+ENUMERABLE = {
+    "3x3, 64 to 64, 20x20": lambda: single(64, 64, 20, 3),
+    "3x3, stride 2, 32 to 64, 40x40": lambda: single(32, 64, 40, 3, stride=2),
+    "depthwise 3x3, 64, 20x20": lambda: single(64, 64, 20, 3, groups=64),
+    "dense, 256 to 16": lambda: single(256, 16, 1),
+    "dense, 1280 to 32": lambda: single(1280, 32, 1),
+    "3x3, 128 to 32, one pixel": lambda: single(128, 32, 3, 3, padded=False),
+}
+
+
+def every_schedule(space: Space) -> list[int]:
+    """Give the cycles of all schedules of a network of one layer."""
+    found: dict[Schedule, int] = {}
+    for point in grid_points(space):
+        with contextlib.suppress(ScheduleError):
+            schedule = space.realize(point)
+            if schedule not in found:
+                found[schedule] = space.time(point).cycles
+    return list(found.values())
+
+
+def exhaustive(console: Console, trials: int, seeds: int) -> None:
+    """Print what the search finds of single layers beside the best of all their schedules."""
+    title = f"single layers: all schedules, and {trials} trials of {seeds} seeds"
+    table = Table(title=title, box=None)
+    for name in ("layer", "overlap", "schedules", "default", "optimum", "median", "worst", "x"):
+        table.add_column(name, justify="left" if name in ("layer", "overlap") else "right")
+    for name, make in ENUMERABLE.items():
+        for overlap in ("none", "full"):
+            space = Space.of(make(), attrs.evolve(PRESETS["mars"], overlap=overlap))
+            cycles = every_schedule(space)
+            least = min(cycles)
+            found = sorted(tuned(space, trials, seed) for seed in range(seeds))
+            table.add_row(
+                name,
+                overlap,
+                f"{len(cycles):,}",
+                f"{space.time(space.default).cycles:,}",
+                f"{least:,}",
+                f"{statistics.median(found):,.0f}",
+                f"{found[-1]:,}",
+                f"{found[-1] / least:.4f}",
+            )
+            print(name, overlap, len(cycles), least, found, file=sys.stderr, flush=True)
+    console.print(table)
+
+
 def layer_alone(graph: Graph, name: str) -> Graph:
     """Give a network of one of a graph's convolutions."""
     layer = next(one for one in graph.layers if one.name == name)
@@ -322,6 +402,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="strategies")
     parser.add_argument("--network", default="digits", help="of the zoo, for --compare")
     parser.add_argument("--borders", action="store_true", help="taps in the padding")
+    parser.add_argument("--exhaustive", action="store_true", help="on layers with few schedules")
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
@@ -333,6 +414,9 @@ def main() -> None:
         return
     if options.borders:
         borders(console)
+        return
+    if options.exhaustive:
+        exhaustive(console, options.trials, options.seeds)
         return
     if options.compare:
         graph = load(options.network)

@@ -75,6 +75,34 @@ def every_kind_of_layer(seed: int = 0) -> Graph:
     return Graph([images], layers, [Output("conv7", (20, 2, 2), Dequantize(scale=(0.5,)))])
 
 
+def pooled_convs(seed: int) -> Graph:
+    """Two convolutions of three to nine kernel blocks, each before a max pool that may be fused.
+
+    A third of their group-sets is zero, so that the blocks are not alike.
+    """
+    rng = np.random.default_rng(seed)
+    size = 16
+    kind = MapType(int(rng.integers(17, 65)), size, size, 8)
+    images = Input("x0", kind, kind.shape, Quantize("uint8"))
+    layers: list[Conv | Pool] = []
+    source, before = "x0", kind.channels
+    for number in range(2):
+        conv, pool = f"conv{2 * number}", f"maxpool{2 * number + 1}"
+        channels = int(rng.integers(33, 145))
+        kernel = int(rng.choice([1, 3]))
+        weight = rng.integers(-40, 41, (channels, before, kernel, kernel))
+        kept = rng.random((-(-channels // 16), -(-before // 16), kernel, kernel)) < 2 / 3
+        weight *= kept.repeat(16, 0).repeat(16, 1)[:channels, :before]
+        term = ConvTerm(source, weight, padding=4 * (kernel // 2,))
+        bias = rng.integers(-3000, 3001, channels)
+        layers.append(Conv(conv, [term], bias, Requant.eq5(int(rng.choice([4, 8])), 17)))
+        window = (2, 2) if number else (int(rng.choice([2, 3])), 2)
+        layers.append(Pool(pool, "max", conv, window, window))
+        source, before, size = pool, channels, size // 2
+    out = Output(source, (before, 16 // layers[1].kernel[0] // 2, 4), Dequantize("uint8"))
+    return Graph([images], layers, [out])
+
+
 def tiny_conv() -> Graph:
     """One group-set on a 2x2 map: 16 channels, 1x1, eq. 5."""
     kind = MapType(16, 2, 2, 8)

@@ -44,6 +44,7 @@ from tvm_mars.graph import (
     window_size,
 )
 from tvm_mars.networks import resnet20, vgg16
+from tvm_mars.schedule import Point
 from tvm_mars.tuner.space import Space
 
 MARS = PRESETS["mars"]
@@ -189,8 +190,8 @@ def test_every_compiled_program_is_lifted(name, first_seed):
 def bordered(graph: Graph, arch: mars_runtime.MarsArch) -> Region:
     """Build a program whose borders pass over the taps that only meet padding."""
     space = Space.of(graph, arch)
-    choices = [attrs.evolve(choice, border="both") for choice in space.default.steps]
-    schedule = space.realize(attrs.evolve(space.default, steps=tuple(choices)))
+    choices = [attrs.evolve(choice, border="both") for choice in space.default.choices]
+    schedule = space.realize(Point(tuple(choices)))
     return build_region(NamedGraph.of(graph), arch, scheduler=lambda *_: schedule)
 
 

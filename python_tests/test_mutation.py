@@ -14,6 +14,7 @@ from mars_runtime.program import Region
 from python_tests.random_graphs import random_inputs
 from python_tests.small_networks import every_kind_of_layer
 from tvm_mars.compiler import NamedGraph, build_region
+from tvm_mars.schedule import Point
 from tvm_mars.tuner.space import Space
 
 MARS = PRESETS["mars"]
@@ -106,8 +107,8 @@ class Subject:
         self.arch = MACHINES[name]
         space = Space.of(graph, self.arch)
         border = "both" if name == CUT else "whole"
-        choices = tuple(attrs.evolve(choice, border=border) for choice in space.default.steps)
-        schedule = space.realize(attrs.evolve(space.default, steps=choices))
+        choices = tuple(attrs.evolve(choice, border=border) for choice in space.default.choices)
+        schedule = space.realize(Point(choices))
         region = build_region(NamedGraph.of(graph), self.arch, scheduler=lambda *_: schedule)
         self.region = with_sync(region)
         x = random_inputs(graph, 5, images=IMAGES)["x0"]

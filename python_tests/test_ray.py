@@ -171,7 +171,8 @@ def test_retries_end(mishap, said, cluster, tmp_path):
     space = small_space()
     options = RayOptions(timeout=2, retries=1)
     pool = RayPool(space, 1, options, functools.partial(mishap, tmp_path / "begun", True))
-    with pytest.raises(RunnerError, match=f"but for step .* 2 times, and at last {said}.*--resume"):
+    message = f"but for layer .* 2 times, and at last {said}.*--resume"
+    with pytest.raises(RunnerError, match=message):
         list(pool.measure(some_points(space)[1:]))
     pool.close()
 

@@ -11,9 +11,11 @@ import pytest
 from mars_runtime import PRESETS, isa
 from mars_runtime.errors import CapacityError
 from mars_runtime.packing import block_parameter_bytes
+from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_graph
 from tvm_mars.compiler import NamedGraph, build_region, pack
-from tvm_mars.schedule import Step, make_loads, plan, smallest_tile
+from tvm_mars.graph import Conv, ConvTerm, Graph, Input, MapType, Output, Requant
+from tvm_mars.schedule import DEALINGS, Step, make_loads, plan, smallest_tile
 
 MARS = PRESETS["mars"]
 MACHINES = {
@@ -32,7 +34,8 @@ def test_loads_hold_every_group_set_once_within_every_memory(name, first_seed):
     for seed in range(first_seed, first_seed + 150):
         for number, packed in enumerate(pack(random_graph(seed), arch).values()):
             most = (0, 1, 3, 7, 16)[(seed + number) % 5]
-            loads = make_loads(packed, arch, [2] * 8, most=most)
+            dealing = DEALINGS[seed % len(DEALINGS)]
+            loads = make_loads(packed, arch, [2] * 8, most=most, dealing=dealing)
             held: dict[int, list[tuple[int, int]]] = {}
             core_of: dict[int, set[int]] = {}
             for load in loads:
@@ -80,6 +83,30 @@ def test_cores_are_balanced_to_one_block(first_seed):
                     work[core] += load.group_sets(core)
             heaviest = max(block.group_sets for block in packed.blocks)
             assert max(work) - min(work) <= max(heaviest, len(packed.blocks))
+
+
+DEALT = {
+    "heaviest": [{0}, {2}, {6, 1, 5}, {7, 3, 4}],
+    "snake": [{0, 5}, {2, 4}, {6, 1}, {7, 3}],
+    "runs": [{0}, {1, 2}, {3, 4, 5}, {6, 7}],
+}
+
+
+@pytest.mark.parametrize("dealing", DEALINGS)
+def test_kernel_blocks_are_dealt_as_asked(dealing):
+    """Blocks of 9, 1, 8, 2, 1, 1, 6 and 4 group-sets; by hand."""
+    sizes = (9, 1, 8, 2, 1, 1, 6, 4)
+    weight = np.zeros((16 * len(sizes), 144, 1, 1), np.int8)
+    for block, size in enumerate(sizes):
+        weight[16 * block : 16 * block + 16, : 16 * size] = 1
+    kind = MapType(144, 1, 1, 8)
+    graph = Graph(
+        [Input("x0", kind, kind.shape, Quantize("uint8"))],
+        [Conv("conv0", [ConvTerm("x0", weight)], np.zeros(len(weight)), Requant.eq5(8, 16))],
+        [Output("conv0", (len(weight), 1, 1), Dequantize("uint8"))],
+    )
+    (load,) = make_loads(pack(graph, MARS)["conv0"], MARS, [2], dealing=dealing)
+    assert [{piece.block for piece in pieces} for pieces in load.cores] == DEALT[dealing]
 
 
 def test_what_fits_no_bank_is_refused_naming_layer_and_words():

@@ -43,8 +43,7 @@ def optimum(graph: Graph, arch: MarsArch) -> int:
     names = ("row_groups", "most", "chunk", "apart", "border")
     found = []
     for values in itertools.product(*(domain[name] for name in names)):
-        choice = attrs.evolve(space.default.steps[0], **dict(zip(names, values, strict=True)))
-        point = replaced(space.default, 0, choice)
+        point = replaced(space.default, 0, **dict(zip(names, values, strict=True)))
         if space.legal(point) is None:
             found.append(space.time(point).cycles)
     assert len(found) > 20

@@ -13,7 +13,7 @@ from mars_runtime import PRESETS, isa, simulate
 from mars_runtime.errors import CapacityError
 from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
-from python_tests.small_networks import every_kind_of_layer
+from python_tests.small_networks import every_kind_of_layer, pooled_convs
 from python_tests.test_machine import (
     MACHINES,
     assert_conserved,
@@ -35,9 +35,9 @@ from tvm_mars.graph import (
     evaluate_values,
 )
 from tvm_mars.networks import resnet18, vgg16
-from tvm_mars.schedule import Point, ScheduleError, plan
+from tvm_mars.schedule import DEALINGS, Point, ScheduleError, plan, scheduled_steps
 from tvm_mars.tuner.bound import least_cycles
-from tvm_mars.tuner.space import Space
+from tvm_mars.tuner.space import Space, replaced
 
 MARS = PRESETS["mars"]
 NETWORKS = 200
@@ -48,7 +48,7 @@ TRIES = 4
 def drawn_point(space: Space, rng: random.Random) -> Point:
     """Draw decisions of every step, the more the less likely the point is to be legal."""
     point = space.default
-    for index in range(len(point.steps)):
+    for index in range(len(point.choices)):
         point = space.drawn(rng, point, index, rng.choice([0.0, 0.1, 0.3]))
     return point
 
@@ -80,6 +80,21 @@ def run_point(
     assert_conserved(timeline, arch)
     assert_macs(timeline, region, graph, arch, schedule)
     return "default" if point == space.default else "moved"
+
+
+def others(space: Space, point: Point) -> set[str]:
+    """Name what is decided otherwise than by default of pools and of dealing kernel blocks."""
+    found = set()
+    for layer, choice, before in zip(
+        space.graph.layers, point.choices, space.default.choices, strict=True
+    ):
+        if choice.fused != before.fused:
+            found.add("pool")
+        if isinstance(layer, Conv) and not choice.chained:
+            plain = attrs.evolve(choice, dealing="heaviest")
+            if space.loads(layer, choice) != space.loads(layer, plain):
+                found.add(choice.dealing)
+    return found
 
 
 @pytest.mark.parametrize("chunk", range(NETWORKS // CHUNK))
@@ -120,7 +135,7 @@ def test_what_points_share_does_not_change_their_time(overlap):
     for _ in range(6):
         for number, space in enumerate(spaces):
             point = space.default
-            for index in rng.sample(range(len(point.steps)), min(3, len(point.steps))):
+            for index in rng.sample(range(len(point.choices)), min(3, len(point.choices))):
                 point = space.drawn(rng, point, index, 0.3)
             try:
                 found = space.time(point)
@@ -167,18 +182,16 @@ def test_a_block_that_is_spread_over_the_cores_gives_the_codes(name):
         except CapacityError:
             continue
         changes = {"chained": True, "row_groups": 1}
-        steps = tuple(
-            attrs.evolve(choice, **changes) if "chained" in space.domain(index) else choice
-            for index, choice in enumerate(space.default.steps)
+        point = Point(
+            tuple(
+                attrs.evolve(choice, **changes) if "chained" in space.domain(index) else choice
+                for index, choice in enumerate(space.default.choices)
+            )
         )
-        if steps == space.default.steps:
+        if point == space.default:
             continue
         codes = codes_of(graph, seed)
-        ran[
-            run_point(
-                space, Point(steps, space.default.unfused), codes, evaluate_values(graph, codes)
-            )
-        ] += 1
+        ran[run_point(space, point, codes, evaluate_values(graph, codes))] += 1
     assert ran["moved"] >= 6, ran
 
 
@@ -186,7 +199,8 @@ def cut_kinds(space: Space, point: Point) -> set[str]:
     """Name what the layers with a cut border have, besides."""
     found: set[str] = set()
     schedule = space.realize(point)
-    for step, entry in zip(space.steps(point), schedule.layers, strict=True):
+    steps = scheduled_steps(space.graph, schedule)
+    for step, entry in zip(steps, schedule.layers, strict=True):
         if not (entry.row_cuts or entry.column_cuts):
             continue
         layer, out = step.layer, space.graph.types[step.output]
@@ -243,7 +257,7 @@ def test_borders_that_pass_over_padding_give_the_codes(chunk, first_seed):
             rng = random.Random(f"{name} {seed}")
             for _ in range(2):
                 point = bordered(space, drawn_point(space, rng), rng)
-                if all(choice.border == "whole" for choice in point.steps):
+                if all(choice.border == "whole" for choice in point.choices):
                     continue
                 tried[found := run_point(space, point, codes, values)] += 1
                 if found != "refused":
@@ -255,14 +269,13 @@ def test_borders_that_pass_over_padding_give_the_codes(chunk, first_seed):
 
 
 def bordered(space: Space, point: Point, rng: random.Random) -> Point:
-    steps = []
-    for index, choice in enumerate(point.steps):
+    for index in range(len(point.choices)):
         domain = space.domain(index)
         border = rng.choice(domain.get("border", ("whole",))[-2:])
         chain = "chained" in domain and rng.random() < 0.3
         changes = {"chained": True, "row_groups": 1, "partial": "bank"} if chain else {}
-        steps.append(attrs.evolve(choice, border=border, **changes))
-    return attrs.evolve(point, steps=tuple(steps))
+        point = replaced(point, index, border=border, **changes)
+    return point
 
 
 @pytest.mark.parametrize("name", ["mars", "small", "full", "one"])
@@ -285,8 +298,7 @@ def test_a_border_behind_a_fused_pool(name):
     space = Space.of(graph, MACHINES[name])
     codes = codes_of(graph, 1)
     for border, met in (("whole", 24 * 24), ("rows", 20 * 24), ("both", 20 * 20)):
-        choice = attrs.evolve(space.default.steps[0], border=border)
-        point = attrs.evolve(space.default, steps=(choice,))
+        point = replaced(space.default, 0, border=border)
         assert run_point(space, point, codes, evaluate_values(graph, codes)) != "refused"
         assert space.time(point).layers[0].counters.group_sets == 3 * 2 * met
 
@@ -304,29 +316,79 @@ def test_a_border_is_a_choice_where_it_meets_fewer_taps():
         size = 3 if pool else 6
         output = Output(layers[-1].name, (16, size, size), Dequantize("uint8"))
         graph = Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], layers, [output])
-        borders[zero, pool, kernel] = Space.of(graph, MARS).domain(0)["border"]
+        space = Space.of(graph, MARS)
+        borders[zero, pool, kernel] = space.decisions(space.default, 0).get("border")
+        if pool:  # left on its own, it leaves the convolution's border to be cut
+            apart = replaced(space.default, 1, fused=False)
+            assert space.decisions(apart, 0)["border"] == ("whole", "rows", "both")
         dense = Space.of(graph, PRESETS["mars-dense"])
         assert dense.domain(0)["border"] == ("whole",)
     assert borders == {
         (0, False, 3): ("whole", "rows", "both"),
-        (0, True, 3): ("whole",),
-        (4, False, 3): ("whole",),
-        (0, False, 1): ("whole",),
+        (0, True, 3): None,
+        (4, False, 3): None,
+        (0, False, 1): None,
     }
+
+
+@pytest.mark.parametrize("name", ["mars", "prefetch", "full", "small"])
+def test_pools_fused_or_not_and_every_dealing_give_the_codes(name, first_seed):
+    """Each of these decisions alone, on every layer that has it; and any of them among others."""
+    ran: Counter[str] = Counter()
+    for seed in range(first_seed, first_seed + 6):
+        graph = pooled_convs(seed)
+        space = Space.of(graph, MACHINES[name])
+        rng = random.Random(f"{name} {seed}")
+        places = [
+            (index, decision, value)
+            for index in range(len(graph.layers))
+            for decision in ("fused", "dealing")
+            for value in space.domain(index).get(decision, ())
+        ]
+        points = [replaced(space.default, index, **{one: value}) for index, one, value in places]
+        for _ in range(8):
+            point = drawn_point(space, rng)
+            for index, decision, value in rng.sample(places, len(places) // 2):
+                point = replaced(point, index, **{decision: value})
+            points.append(point)
+        codes = codes_of(graph, seed)
+        values = evaluate_values(graph, codes)
+        for number, point in enumerate(points):
+            if run_point(space, point, codes, values) == "moved":
+                ran.update(others(space, point))
+                ran["among others"] += number >= len(places) and len(others(space, point)) > 1
+    assert ran["pool"] >= 12 and ran["among others"] >= 3, ran
+    assert all(ran[dealing] >= 3 for dealing in DEALINGS[1:]), ran
+
+
+def test_a_fused_pool_decides_about_the_map_that_both_write():
+    """Alone, the convolution writes its own map, where the schedule without fusing has it."""
+    graph = every_kind_of_layer()
+    space = Space.of(graph, MARS)
+    conv, pool = (graph.layers[index].name for index in (0, 1))
+    default, apart = space.default, replaced(space.default, 1, fused=False)
+    assert space.writer(default, 0) == 1 and space.writer(apart, 0) == 0
+    assert {"tile", "staged", "bank"} <= set(space.decisions(apart, 0))
+    assert not {"tile", "staged", "bank"} & set(space.decisions(default, 0))
+    assert "block_tile" in space.domain(1) and "block_tile" not in space.decisions(default, 1)
+    steps = [(entry.layer, entry.output) for entry in space.realize(default).layers]
+    assert steps[0] == (conv, pool)
+    steps = [(entry.layer, entry.output) for entry in space.realize(apart).layers]
+    assert steps[:2] == [(conv, conv), (pool, pool)]
 
 
 def test_kernel_blocks_are_cut_into_equal_parts():
     """A block of 18 group-sets, at most 8 a load: three of 6, each in a load of its own."""
     space = Space.of(every_kind_of_layer(), MARS)
     layer = space.graph.layers[0]
-    loads = space.loads(layer, attrs.evolve(space.default.steps[0], most=8, row_groups=1))
+    loads = space.loads(layer, attrs.evolve(space.default.choices[0], most=8, row_groups=1))
     parts = [piece for load in loads for piece in load.cores[0]]
     assert parts[0].total == 18 and [part.group_sets for part in parts] == [6, 6, 6]
 
 
 def test_loads_that_are_filled_together_open_the_arrays_once():
     space = Space.of(every_kind_of_layer(), attrs.evolve(MARS, weight_groups_per_partition=64))
-    joined = Point(tuple(attrs.evolve(choice, join=True) for choice in space.default.steps))
+    joined = Point(tuple(attrs.evolve(choice, join=True) for choice in space.default.choices))
     apart, together = (
         generate(
             space.graph,
@@ -345,31 +407,28 @@ def test_loads_that_are_filled_together_open_the_arrays_once():
 
 
 REFUSALS = [
-    ({"bank": 0, "tile": (99, 1)}, "a tile of 99x1"),
-    ({"row_groups": 9}, "9 groups of 4 cores"),
-    ({"block_tile": 9}, "9 channel blocks of 2"),
-    ({"chained": True}, "a chain of one kernel block, not 2"),
+    (1, {"bank": 0, "tile": (99, 1)}, "a tile of 99x1"),
+    (0, {"row_groups": 9}, "9 groups of 4 cores"),
+    (0, {"block_tile": 9}, "9 channel blocks of 2"),
+    (0, {"chained": True}, "a chain of one kernel block, not 2"),
+    (0, {"fused": True}, "nothing before it can do it while writing"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSALS)
-def test_refusals_name_the_layer_and_the_reason(changes, message):
+@pytest.mark.parametrize(("index", "changes", "message"), REFUSALS)
+def test_refusals_name_the_layer_and_the_reason(index, changes, message):
     space = Space.of(every_kind_of_layer(), MARS)
-    point = attrs.evolve(
-        space.default,
-        steps=(attrs.evolve(space.default.steps[0], **changes), *space.default.steps[1:]),
-    )
-    reason = space.legal(point)
+    reason = space.legal(replaced(space.default, index, **changes))
     assert reason is not None and message in reason
     assert reason.startswith("conv0: ")
 
 
 def test_loads_ahead_of_what_the_macros_hold_are_refused():
     space = Space.of(every_kind_of_layer(), attrs.evolve(MARS, weight_groups_per_partition=20))
-    point = Point(tuple(attrs.evolve(choice, fill_lead=3) for choice in space.default.steps))
+    point = Point(tuple(attrs.evolve(choice, fill_lead=3) for choice in space.default.choices))
     assert "macro slots of 20 are wanted beside" in str(space.legal(point))
 
 
-def test_choices_for_other_steps_are_refused():
+def test_choices_for_other_layers_are_refused():
     space = Space.of(every_kind_of_layer(), MARS)
-    assert "choices for" in str(space.legal(Point(space.default.steps[:-1])))
+    assert "choices for" in str(space.legal(Point(space.default.choices[:-1])))

@@ -1,7 +1,6 @@
 """The decisions behind a schedule, as data: what a search chooses among.
 
-Which kernel blocks a core holds, and where maps lie in a bank, follow from them by the rules of the
-default schedule: blocks heaviest first to the core with the least work, maps in the first gap.
+Where maps lie in a bank follows from them by the rule of the default schedule: in the first gap.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from typing import Literal, TypeAlias
 import attrs
 
 from ..graph import Graph
-from .plan import fuse_pools
-from .types import Schedule
+from .types import Dealing, LayerSchedule, Schedule
 
 __all__ = ["BORDERS", "Border", "Choice", "Point", "point_of"]
 
@@ -22,7 +20,7 @@ BORDERS: tuple[Border, ...] = ("whole", "rows", "both")
 
 @attrs.frozen(kw_only=True)
 class Choice:
-    """The decisions of one step; those from ``order`` on concern convolutions.
+    """The decisions of one layer; those from ``order`` on concern convolutions.
 
     Parameters
     ----------
@@ -34,6 +32,9 @@ class Choice:
         Whether the output lives off-chip.
     bank : int
         Where a resident output is written.
+    fused : bool
+        Whether a max pool is done by the convolution before it while that writes. The map that
+        both write is then the pool's: so are the decisions about its tile and its place.
     order : "loads" or "tiles"
         The outer loop.
     partial : "bank" or "offchip"
@@ -43,6 +44,8 @@ class Choice:
     most : int
         Group-sets that a load may put on a core; 0 for as many as the array holds. A kernel block
         of more is cut into equal parts.
+    dealing : "heaviest", "snake" or "runs"
+        Which kernel blocks a core holds (see :func:`make_loads`).
     chunk : int
         Group-sets per FETCH and FILL.
     join : bool
@@ -65,10 +68,12 @@ class Choice:
     block_tile: int
     staged: bool = False
     bank: int = 0
+    fused: bool = False
     order: Literal["tiles", "loads"] = "loads"
     partial: Literal["bank", "offchip"] = "bank"
     row_groups: int = 1
     most: int = 0
+    dealing: Dealing = "heaviest"
     chunk: int = 8
     join: bool = False
     fill_lead: int = 0
@@ -81,29 +86,46 @@ class Choice:
 
 @attrs.frozen
 class Point:
-    """One schedule of a graph: a choice for each step, and the pools that are left unfused."""
+    """One schedule of a graph: a choice for each of its layers."""
 
-    steps: tuple[Choice, ...]
-    unfused: tuple[str, ...] = ()
+    choices: tuple[Choice, ...]
 
 
-def point_of(graph: Graph, schedule: Schedule) -> Point:
-    """Read the point of a default schedule."""
-    written = {entry.output for entry in schedule.layers}
-    steps = fuse_pools(graph)
+def point_of(graph: Graph, schedule: Schedule, apart: Schedule | None = None) -> Point:
+    """Read the point of a default schedule.
+
+    Parameters
+    ----------
+    apart : Schedule, optional
+        One in which no pool is fused. What it does where the other fuses a pool is what a change
+        of that decision alone leads to; without it, tiles of one pixel.
+    """
+    layers = (*(apart.layers if apart else ()), *schedule.layers)
+    written = {entry.output: entry for entry in layers}
+    run = {entry.layer: entry for entry in layers}
+    unfused = {entry.layer for entry in schedule.layers}
     return Point(
         tuple(
-            Choice(
-                tile=entry.tile,
-                block_tile=entry.block_tile,
-                staged=entry.output_staged,
-                bank=entry.place.bank,
-                order=entry.order,
-                partial="offchip" if entry.partial == "offchip" else "bank",
-                row_groups=entry.row_groups,
-                chunk=entry.fetch_chunk,
-            )
-            for entry in schedule.layers
-        ),
-        tuple(step.pool.name for step in steps if step.pool and step.layer.name in written),
+            _choice(run.get(name), written.get(name), name not in unfused)
+            for name in (layer.name for layer in graph.layers)
+        )
     )
+
+
+def _choice(run: LayerSchedule | None, written: LayerSchedule | None, fused: bool) -> Choice:
+    """Give the choice of a layer that one entry runs, and whose map one entry writes."""
+    choice = Choice(tile=(1, 1), block_tile=1, staged=True, fused=fused)
+    if written is not None:
+        choice = attrs.evolve(
+            choice, tile=written.tile, staged=written.output_staged, bank=written.place.bank
+        )
+    if run is not None:
+        choice = attrs.evolve(
+            choice,
+            block_tile=run.block_tile,
+            order=run.order,
+            partial="offchip" if run.partial == "offchip" else "bank",
+            row_groups=run.row_groups,
+            chunk=run.fetch_chunk,
+        )
+    return choice

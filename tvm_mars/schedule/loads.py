@@ -11,7 +11,7 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 
 from ..pack import PackedBlock, PackedConv
-from .types import Load, Piece, ScheduleError
+from .types import Dealing, Load, Piece, ScheduleError
 
 __all__ = ["chained_loads", "make_loads"]
 
@@ -68,14 +68,14 @@ def make_loads(
     cycles: Sequence[npt.ArrayLike],
     row_groups: int = 1,
     most: int = 0,
+    dealing: Dealing = "heaviest",
 ) -> tuple[Load, ...]:
     """Share out kernel blocks and cut them into loads.
 
-    Blocks go, heaviest first, to the core with the least work. On a core, blocks that do not fit
-    one load come first, over as many loads as they need (each continues the partial sum of the one
-    before): back to back where the array is the limit, else in equal parts, since a small part
-    takes as long as the transport of its sums. The others each go whole into the first load that
-    has room.
+    On a core, blocks that do not fit one load come first, over as many loads as they need (each
+    continues the partial sum of the one before): back to back where the array is the limit, else in
+    equal parts, since a small part takes as long as the transport of its sums. The others each go
+    whole into the first load that has room, heaviest first.
 
     Parameters
     ----------
@@ -85,15 +85,14 @@ def make_loads(
         Into how many groups the cores are divided, each of which holds all blocks.
     most : int
         Group-sets that a load may put on a core, where the array holds more; 0 for all of it.
+    dealing : "heaviest", "snake" or "runs"
+        Who takes which block. ``heaviest``: one after the other, heaviest first, goes to the core
+        with the least work. ``snake``: heaviest first, back and forth over the cores, which get
+        equally many. ``runs``: each core takes blocks that follow each other, divided where the
+        work comes close to equal shares.
     """
     costs = [max(1, _cost(block, cycles)) for block in packed.blocks]
-    order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
-    work = [0] * (arch.cores // row_groups)
-    dealt: list[list[int]] = [[] for _ in work]
-    for block in order:
-        core = work.index(min(work))
-        work[core] += costs[block]
-        dealt[core].append(block)
+    dealt = _deal(costs, arch.cores // row_groups, dealing)
     capacity = arch.slots(packed.weight_bits)
     most = min(most or capacity, capacity)
     filled = [_fill_core(packed, arch, blocks, most) for blocks in dealt]
@@ -113,6 +112,24 @@ def _cost(block: PackedBlock, cycles: Sequence[npt.ArrayLike]) -> int:
         by_tap = np.asarray(cost)
         found += int(by_tap[taps].sum() if by_tap.ndim else by_tap * len(taps))
     return found
+
+
+def _deal(costs: Sequence[int], cores: int, dealing: Dealing) -> list[list[int]]:
+    """Give each core's blocks, heaviest first."""
+    order = sorted(range(len(costs)), key=lambda block: (-costs[block], block))
+    work = [0] * cores
+    dealt: list[list[int]] = [[] for _ in work]
+    for turn, block in enumerate(order):
+        if dealing == "snake":
+            core = min(turn % (2 * cores), -(turn + 1) % (2 * cores))
+        elif dealing == "runs":
+            middle = 2 * sum(costs[:block]) + costs[block]
+            core = middle * cores // (2 * sum(costs))
+        else:
+            core = work.index(min(work))
+        work[core] += costs[block]
+        dealt[core].append(block)
+    return dealt
 
 
 def chained_loads(packed: PackedConv, arch: MarsArch) -> tuple[Load, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 import attrs
@@ -21,7 +21,7 @@ from ..graph import Add, Conv, Graph, Layer, Pool
 from ..pack import PackedConv
 from .border import border_cuts
 from .loads import make_loads
-from .types import LayerSchedule, Load, Place, Schedule, ScheduleError
+from .types import Dealing, LayerSchedule, Load, Place, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from .choices import Border, Choice, Point
@@ -245,6 +245,7 @@ class Planner:
         layer: Conv,
         row_groups: int,
         most: int = 0,
+        dealing: Dealing = "heaviest",
         cycles: Sequence[npt.ArrayLike] | None = None,
     ) -> tuple[Load, ...]:
         """Give a layer's loads for so many groups of cores (see :func:`make_loads`).
@@ -253,17 +254,18 @@ class Planner:
         """
         if cycles is None:
             cycles = [self.arch.accesses(self.types[term.input].bits) for term in layer.terms]
-        return make_loads(self.packed[layer.name], self.arch, cycles, row_groups, most)
+        packed = self.packed[layer.name]
+        return make_loads(packed, self.arch, cycles, row_groups, most, dealing)
 
-    def plan(self) -> Schedule:
-        """Make the default schedule."""
+    def plan(self, apart: Iterable[str] = ()) -> Schedule:
+        """Make the default schedule; pools named in ``apart`` are not fused."""
         self.loads = {
             layer.name: self._loads(layer) for layer in self.graph.layers if isinstance(layer, Conv)
         }
         inputs = {entry.name for entry in self.graph.inputs}
-        apart: set[str] = set()
+        alone = set(apart)
         spilled = set(inputs)
-        self.divide(apart)
+        self.divide(alone)
         while True:
             try:
                 layers = self._attempt(spilled)
@@ -273,9 +275,9 @@ class Planner:
                 if victim is not None:
                     spilled.add(victim)
                 elif pool is not None:  # a window of pixels does not fit: one pixel may
-                    apart.add(pool.name)
+                    alone.add(pool.name)
                     spilled = set(inputs)
-                    self.divide(apart)
+                    self.divide(alone)
                 else:
                     self._refuse(self.steps[full.index])
             else:
@@ -341,6 +343,25 @@ class Planner:
                 del resident[name]
         return layers
 
+    def choices(self, point: Point) -> tuple[Choice, ...]:
+        """Divide the graph into the steps that a point wants; give the choice for each.
+
+        Raises
+        ------
+        ScheduleError
+            If there are not as many choices as layers, or a layer cannot be fused.
+        """
+        layers = self.graph.layers
+        if len(layers) != len(point.choices):
+            raise ScheduleError(f"{len(point.choices)} choices for {len(layers)} layers")
+        chosen = {layer.name: one for layer, one in zip(layers, point.choices, strict=True)}
+        self.divide({name for name, choice in chosen.items() if not choice.fused})
+        fused = {step.pool.name for step in self.steps if step.pool}
+        for name, choice in chosen.items():
+            if choice.fused and name not in fused:
+                raise ScheduleError("nothing before it can do it while writing", where=name)
+        return tuple(_step_choice(step, chosen) for step in self.steps)
+
     def follow(
         self, point: Point, loads_of: Callable[[Conv, Choice], tuple[Load, ...]]
     ) -> tuple[LayerSchedule, ...]:
@@ -356,12 +377,10 @@ class Planner:
         ScheduleError
             If the machine or a layer cannot do what a choice asks for.
         """
-        self.divide(point.unfused)
-        if len(self.steps) != len(point.steps):
-            raise ScheduleError(f"{len(point.steps)} choices for {len(self.steps)} steps")
+        choices = self.choices(point)
         resident: dict[str, Place] = {}
         layers = []
-        for i, (step, choice) in enumerate(zip(self.steps, point.steps, strict=True)):
+        for i, (step, choice) in enumerate(zip(self.steps, choices, strict=True)):
             layer = step.layer
             loads: tuple[Load, ...] = ()
             if isinstance(layer, Conv):
@@ -630,6 +649,12 @@ class Planner:
         return cost + busiest * pixels
 
 
+def _step_choice(step: Step, chosen: Mapping[str, Choice]) -> Choice:
+    """Give a step's choice: a layer's own, but for the map that a fused pool writes."""
+    choice, written = chosen[step.layer.name], chosen[step.output]
+    return attrs.evolve(choice, tile=written.tile, staged=written.staged, bank=written.bank)
+
+
 def _partial_modes(
     loads: Sequence[Load], row_groups: int
 ) -> tuple[Literal["none", "bank", "offchip"], ...]:
@@ -727,15 +752,21 @@ def smallest_tile(
     return sum(sizes.values()), arch.banks * arch.bank_words
 
 
-def plan(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule:
+def plan(
+    graph: Graph,
+    arch: MarsArch,
+    packed: Mapping[str, PackedConv],
+    apart: Iterable[str] = (),
+) -> Schedule:
     """Make the default schedule of a graph.
 
     Maps stay in the banks where they fit, in ping-pong; a residual sum overwrites its residual;
-    what does not fit is spilled off-chip, furthest next use first, and moved in tiles.
+    what does not fit is spilled off-chip, furthest next use first, and moved in tiles. Max pools
+    are fused where they can be, but for those named in ``apart``.
 
     Raises
     ------
     CapacityError
         If even the smallest tile of a layer does not fit.
     """
-    return Planner(graph, arch, packed).plan()
+    return Planner(graph, arch, packed).plan(apart)

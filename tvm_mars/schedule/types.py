@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import attrs
 
@@ -13,7 +13,22 @@ from mars_runtime.maps import MapType
 
 from .border import runs
 
-__all__ = ["LayerSchedule", "Load", "Part", "Piece", "Place", "Schedule", "ScheduleError", "Share"]
+__all__ = [
+    "DEALINGS",
+    "Dealing",
+    "LayerSchedule",
+    "Load",
+    "Part",
+    "Piece",
+    "Place",
+    "Schedule",
+    "ScheduleError",
+    "Share",
+]
+
+#: How kernel blocks are dealt to cores.
+Dealing: TypeAlias = Literal["heaviest", "snake", "runs"]
+DEALINGS: tuple[Dealing, ...] = get_args(Dealing)
 
 
 class ScheduleError(MarsError, ValueError):

@@ -28,14 +28,17 @@ Array = npt.NDArray[Any]
 
 _THREADS = {"nthread": 1}
 _PARAMETERS = {
-    "objective": "rank:pairwise",
+    "objective": "reg:squarederror",
     "max_depth": 4,
     "eta": 0.2,
     "min_child_weight": 0,
+    # There are more features than measured points: each tree sees some of both.
+    "colsample_bytree": 0.3,
+    "subsample": 0.7,
     "tree_method": "exact",
     **_THREADS,
 }
-_ROUNDS = 40
+_ROUNDS = 60
 _SIZE_BYTES = 8
 
 
@@ -59,27 +62,26 @@ def require_xgboost() -> None:
         )
 
 
-def fit(rows: Array, relevance: Array, seed: int) -> Array:
-    """Learn how relevant each row of features is; gives the ensemble, as bytes.
+def fit(rows: Array, worth: Array, seed: int) -> Array:
+    """Learn what each row of features is worth; gives the ensemble, as bytes.
 
     Raises
     ------
     ModelError
         If the process that does it is lost.
     """
-    return _call(_fit, rows=rows, relevance=relevance, seed=np.array(seed))
+    return _call(_fit, rows=rows, worth=worth, seed=np.array(seed))
 
 
 def predict(ensemble: Array, rows: Array) -> Array:
-    """Give a score for each row, larger for more relevant; raises as :func:`fit`."""
+    """Give a score for each row, larger for what is worth more; raises as :func:`fit`."""
     return _call(_predict, ensemble=ensemble, rows=rows)
 
 
-def _fit(rows: Array, relevance: Array, seed: Array) -> Array:
+def _fit(rows: Array, worth: Array, seed: Array) -> Array:
     import xgboost
 
-    data = xgboost.DMatrix(rows, label=relevance)
-    data.set_group([len(rows)])
+    data = xgboost.DMatrix(rows, label=worth)
     booster = xgboost.train(_PARAMETERS | {"seed": int(seed)}, data, _ROUNDS)
     return np.frombuffer(booster.save_raw("ubj"), np.uint8)
 

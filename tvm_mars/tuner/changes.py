@@ -11,13 +11,13 @@ from ..schedule import Choice, Point
 
 __all__ = ["Changes", "changes", "changes_text", "value_text"]
 
-#: The decisions of a step that differ, with both values.
+#: The decisions of a layer that differ, with both values.
 Changes = dict[str, tuple[Any, Any]]
 
 
 def changes(old: Point, new: Point) -> Iterator[Changes]:
-    """Yield for each step the decisions that differ, with both values."""
-    for before, after in zip(old.steps, new.steps, strict=True):
+    """Yield for each layer the decisions that differ, with both values."""
+    for before, after in zip(old.choices, new.choices, strict=True):
         both = {
             field.name: (getattr(before, field.name), getattr(after, field.name))
             for field in attrs.fields(Choice)
@@ -26,7 +26,7 @@ def changes(old: Point, new: Point) -> Iterator[Changes]:
 
 
 def changes_text(changed: Changes) -> str:
-    """Write a step's as ``most 32 (was 0), join yes (was no)``; nothing for none."""
+    """Write a layer's as ``most 32 (was 0), join yes (was no)``; nothing for none."""
     return ", ".join(
         f"{name} {value_text(now)} (was {value_text(was)})" for name, (was, now) in changed.items()
     )

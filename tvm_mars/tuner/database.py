@@ -1,7 +1,7 @@
 """Records of measured schedules: two append-only JSON-lines files that survive a crash.
 
 ``database_workload.json`` holds a line for each workload (a digest of a graph's structure and of
-which group-sets are zero; its name, and its steps'), ``database_tuning_record.json`` one for each
+which group-sets are zero; its name, and its layers'), ``database_tuning_record.json`` one for each
 trial, written and synced as soon as it is measured. A last line that a crash has torn is not read,
 and the next one replaces it.
 """
@@ -46,19 +46,19 @@ class DatabaseError(MarsError, ValueError):
 
 @attrs.frozen
 class Workload:
-    """What a workload is called (perhaps nothing), and the names of its steps."""
+    """What a workload is called (perhaps nothing), and the names of its layers."""
 
     name: str
-    steps: tuple[str, ...]
+    layers: tuple[str, ...]
 
 
 @attrs.frozen(kw_only=True)
 class Record:
     """One measured schedule.
 
-    ``run`` names the search that measured it and ``trial`` its place there; ``step_cycles`` are the
-    cycles of each step of ``point``; ``energy_pj`` rests on the assumptions of the machine's
-    description.
+    ``run`` names the search that measured it and ``trial`` its place there;
+    ``layer_cycles`` are the cycles of each layer, a fused pool's with its convolution's;
+    ``energy_pj`` rests on the assumptions of the machine's description.
     """
 
     workload: str
@@ -67,7 +67,7 @@ class Record:
     trial: int
     cycles: int
     energy_pj: float
-    step_cycles: tuple[int, ...]
+    layer_cycles: tuple[int, ...]
     point: Point
 
     def cost(self, objective: str) -> float:
@@ -83,7 +83,7 @@ class Record:
 class _WorkloadLine:
     workload: str
     name: str
-    steps: tuple[str, ...]
+    layers: tuple[str, ...]
 
 
 _Value = TypeVar("_Value", _WorkloadLine, Record)
@@ -128,7 +128,7 @@ class Database:
             )
         self.objective = objective
         self.workloads = {
-            line.workload: Workload(line.name, line.steps)
+            line.workload: Workload(line.name, line.layers)
             for line in self._values(WORKLOADS, _WorkloadLine)
         }
         self.records = list(self._values(RECORDS, Record))
@@ -171,7 +171,7 @@ class Database:
         """Note a workload, once."""
         if key in self.workloads:
             return
-        line = _WorkloadLine(key, workload.name, workload.steps)
+        line = _WorkloadLine(key, workload.name, workload.layers)
         _append(self.directory / WORKLOADS, _converter().unstructure(line))
         self.workloads[key] = workload
 

@@ -1,16 +1,18 @@
 """The cost model: which of many points are worth measuring, learned from those that were.
 
-Features of a point are its decisions as numbers, one group for each step of the graph:
+Features of a point are its decisions as numbers, one group for each layer of the graph:
 
 ===============  ===========================================================================
 rows, columns    of the tile, as shares of the map
 block_tile       channel blocks per pass, as a share
 staged           whether the output lives off-chip
 bank             of the output
+fused            whether a pool is done by the layer before it
 by_tile          whether tiles are the outer loop
 offchip          whether partial sums of a cut kernel block travel off-chip
 row_groups       groups of cores by rows
 most             group-sets per load, as a share of the array (1 for no limit)
+dealing          of kernel blocks to cores, by its position in :data:`DEALINGS`
 chunk            logarithm of the group-sets per FETCH
 join             whether its loads join the one before
 fill_lead        loads' compute that a filling precedes
@@ -26,10 +28,9 @@ cycles           macro cycles of the core that has most
 loads            of the layer
 ===============  ===========================================================================
 
-Behind them stand the sums of the last three over all steps.
+Behind them stand the sums of the last three over all layers.
 
-The model is a small gradient-boosted ensemble with XGBoost's pairwise rank objective: only the
-order of points matters to a search.
+The model is a small gradient-boosted ensemble, fitted to the logarithm of the cost.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..graph import Conv
-from ..schedule import BORDERS, Choice, Point, ScheduleError, Step
+from ..graph import Conv, Layer
+from ..schedule import BORDERS, DEALINGS, Choice, Point, ScheduleError
 from .boosting import fit, predict, require_xgboost
 from .space import Space
 
-__all__ = ["CostModel", "NoModel", "RankModel", "features", "make_model"]
+__all__ = ["BoostedModel", "CostModel", "NoModel", "features", "make_model"]
 
 Array = npt.NDArray[Any]
 
@@ -62,35 +63,33 @@ class CostModel(Protocol):
 
 
 def features(space: Space, point: Point) -> list[float]:
-    """Give a point's features; those of the same step stand at the same places."""
+    """Give a point's features; those of the same layer stand at the same places."""
     found: list[float] = []
-    steps = space.steps(point)
-    largest = max(
-        space.graph.types[s.output].height * space.graph.types[s.output].width for s in steps
-    )
+    types = space.graph.types
+    largest = max(types[one.name].height * types[one.name].width for one in space.graph.layers)
     sums = np.zeros(3)
-    for step, choice in zip(steps, point.steps, strict=True):
-        share = _share(space, step, choice)
+    for layer, choice in zip(space.graph.layers, point.choices, strict=True):
+        share = _share(space, layer, choice)
         sums += share
-        found += [*_step_features(space, step, choice, largest), *share]
+        found += [*_layer_features(space, layer, choice, largest), *share]
     return [*found, *sums]
 
 
-def _share(space: Space, step: Step, choice: Choice) -> tuple[float, float, float]:
-    """Give what falls to the core that has most of a step; zeros where no load can be made."""
-    if not isinstance(step.layer, Conv):
+def _share(space: Space, layer: Layer, choice: Choice) -> tuple[float, float, float]:
+    """Give what falls to the core that has most of a layer; zeros where no load can be made."""
+    if not isinstance(layer, Conv):
         return 0, 0, 0
     try:
-        share = space.share(step.layer, choice)
+        share = space.share(layer, choice)
     except ScheduleError:
         return 0, 0, 0
-    slots = space.arch.slots(space.packed[step.layer.name].weight_bits)
+    slots = space.arch.slots(space.packed[layer.name].weight_bits)
     return share.group_sets / slots, share.cycles, share.loads
 
 
-def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> list[float]:
-    out = space.graph.types[step.output]
-    packed = space.packed.get(step.layer.name)
+def _layer_features(space: Space, layer: Layer, choice: Choice, largest: int) -> list[float]:
+    out = space.graph.types[layer.name]
+    packed = space.packed.get(layer.name)
     capacity = space.arch.slots(packed.weight_bits) if packed else 1
     return [
         choice.tile[0] / out.height,
@@ -98,10 +97,12 @@ def _step_features(space: Space, step: Step, choice: Choice, largest: int) -> li
         choice.block_tile / out.blocks,
         choice.staged,
         choice.bank,
+        choice.fused,
         choice.order == "tiles",
         choice.partial == "offchip",
         choice.row_groups,
         (choice.most or capacity) / capacity,
+        DEALINGS.index(choice.dealing),
         math.log2(choice.chunk),
         choice.join,
         choice.fill_lead,
@@ -126,8 +127,8 @@ class NoModel:
         return np.zeros(len(points))
 
 
-class RankModel:
-    """XGBoost with a pairwise rank objective.
+class BoostedModel:
+    """XGBoost, fitted to the logarithm of the cost.
 
     Parameters
     ----------
@@ -149,10 +150,9 @@ class RankModel:
         self.rows: dict[Point, list[float]] = {}
 
     def learn(self, points: Sequence[Point], costs: Sequence[float]) -> None:
-        """Fit to all points: the relevance of each is the best cost over its own."""
-        best = min(costs)
-        relevance = np.array([best / cost for cost in costs])
-        self.ensemble = fit(self._rows(points), relevance, self.seed)
+        """Fit to all points."""
+        worth = -np.log(np.array(costs, np.float64))
+        self.ensemble = fit(self._rows(points), worth, self.seed)
 
     def scores(self, points: Sequence[Point]) -> Array:
         """Give the ensemble's scores; zeros before anything was learned."""
@@ -169,4 +169,4 @@ class RankModel:
 
 def make_model(name: str, space: Space, seed: int) -> CostModel:
     """Give the cost model of a name: ``xgb`` or ``none``."""
-    return RankModel(space, seed) if name == "xgb" else NoModel()
+    return BoostedModel(space, seed) if name == "xgb" else NoModel()

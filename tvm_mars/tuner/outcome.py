@@ -10,7 +10,7 @@ import attrs
 from .changes import Changes, changes
 from .database import Database, Record
 
-__all__ = ["Outcome", "Run", "StepOutcome", "outcomes"]
+__all__ = ["LayerOutcome", "Outcome", "Run", "outcomes"]
 
 
 @attrs.frozen
@@ -27,8 +27,8 @@ class Run:
 
 
 @attrs.frozen
-class StepOutcome:
-    """A step's core cycles in the default and in the best schedule, and what differs there."""
+class LayerOutcome:
+    """A layer's core cycles in the default and in the best schedule, and what differs there."""
 
     name: str
     default_cycles: int
@@ -48,7 +48,7 @@ class Outcome:
     runs: tuple[Run, ...]
     default: Record
     best: Record
-    steps: tuple[StepOutcome, ...]
+    layers: tuple[LayerOutcome, ...]
 
     @property
     def gain(self) -> float:
@@ -72,12 +72,12 @@ def outcomes(database: Database) -> Iterator[Outcome]:
             runs=tuple(_runs(records, database.objective)),
             default=default,
             best=best,
-            steps=tuple(
+            layers=tuple(
                 map(
-                    StepOutcome,
-                    known.steps,
-                    default.step_cycles,
-                    best.step_cycles,
+                    LayerOutcome,
+                    known.layers,
+                    default.layer_cycles,
+                    best.layer_cycles,
                     changes(default.point, best.point),
                 )
             ),

@@ -90,7 +90,7 @@ def specification(found: Sequence[Outcome]) -> Spec:
 
 
 def _outcome(found: Outcome) -> Spec:
-    columns = list(dict.fromkeys(itertools.chain(*(step.changes for step in found.steps))))
+    columns = list(dict.fromkeys(itertools.chain(*(layer.changes for layer in found.layers))))
     names = [field.name for field in attrs.fields(Choice) if field.name in columns]
     layers = [_bars(found), *([_decisions(found, names)] if names else [])]
     return {
@@ -197,10 +197,10 @@ def _layer_axis(**more: Any) -> Spec:
 
 def _bars(found: Outcome) -> Spec:
     rows = [
-        {"layer": step.name, "schedule": schedule, "cycles": cycles}
-        for step in found.steps
+        {"layer": layer.name, "schedule": schedule, "cycles": cycles}
+        for layer in found.layers
         for schedule, cycles in zip(
-            _SCHEDULES, (step.default_cycles, step.best_cycles), strict=True
+            _SCHEDULES, (layer.default_cycles, layer.best_cycles), strict=True
         )
     ]
     return {
@@ -238,14 +238,14 @@ def _decisions(found: Outcome, names: Sequence[str]) -> Spec:
     """Write the best schedule's decisions, those that the default has otherwise on blue."""
     rows = [
         {
-            "layer": step.name,
+            "layer": layer.name,
             "decision": name,
             "value": value_text(getattr(choice, name)),
             "default": value_text(getattr(default, name)),
-            "changed": name in step.changes,
+            "changed": name in layer.changes,
         }
-        for step, choice, default in zip(
-            found.steps, found.best.point.steps, found.default.point.steps, strict=True
+        for layer, choice, default in zip(
+            found.layers, found.best.point.choices, found.default.point.choices, strict=True
         )
         for name in names
     ]

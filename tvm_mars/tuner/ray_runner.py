@@ -292,8 +292,8 @@ class RayPool:
 
     def _check_attempts(self, attempts: int, point: Point, why: str) -> None:
         if attempts > self.options.retries:
-            steps = enumerate(map(changes_text, changes(self.default, point)))
-            changed = "; ".join(f"step {number}: {text}" for number, text in steps if text)
+            layers = enumerate(map(changes_text, changes(self.default, point)))
+            changed = "; ".join(f"layer {number}: {text}" for number, text in layers if text)
             raise RunnerError(
                 f"the default schedule{changed and ' but for '}{changed} was tried {attempts} "
                 f"times, and at last {why}",

@@ -38,11 +38,11 @@ class RunnerError(MarsError, RuntimeError):
 
 @attrs.frozen
 class Measured:
-    """What a point costs; ``step_cycles`` are the cycles of its steps, whose sum ``cycles`` is."""
+    """What a point costs; ``layer_cycles`` are by layer, and ``cycles`` their sum."""
 
     cycles: int
     energy_pj: float
-    step_cycles: tuple[int, ...]
+    layer_cycles: tuple[int, ...]
 
 
 class Runner(Protocol):
@@ -67,10 +67,12 @@ def measure(space: Space, point: Point) -> Measured | None:
         timeline = space.time(point)
     except ScheduleError:
         return None
+    # A convolution and the pool that is fused into it are one: conv0+maxpool1.
+    cycles = {layer.name.partition("+")[0]: layer.cycles for layer in timeline.layers}
     return Measured(
         timeline.cycles,
         energy_of(_total(timeline), space.arch).total,
-        tuple(layer.cycles for layer in timeline.layers),
+        tuple(cycles.get(layer.name, 0) for layer in space.graph.layers),
     )
 
 

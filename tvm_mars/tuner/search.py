@@ -132,12 +132,7 @@ def search(
         trials=options.trials,
         cost_model=options.cost_model,
     )
-    # A point of other steps is none of this space; the default is the first of all anyway.
-    first = [
-        point
-        for point in options.first
-        if point.unfused == space.default.unfused and point != space.default
-    ]
+    first = [point for point in options.first if point != space.default]  # which is first anyway
     runner = _runner(space, options)
     records: list[Record] = []
     best: Record | None = None
@@ -162,7 +157,7 @@ def search(
                     trial=len(records),
                     cycles=measured.cycles,
                     energy_pj=measured.energy_pj,
-                    step_cycles=measured.step_cycles,
+                    layer_cycles=measured.layer_cycles,
                     point=point,
                 )
                 records.append(record)
@@ -184,7 +179,7 @@ def search(
 
 
 def _described(space: Space, name: str) -> Workload:
-    return Workload(name, tuple(layer.name for layer in space.time(space.default).layers))
+    return Workload(name, tuple(layer.name for layer in space.graph.layers))
 
 
 def _measured(
@@ -197,7 +192,7 @@ def _measured(
         if earlier is None:
             yield next(measured)
         else:
-            yield Measured(earlier.cycles, earlier.energy_pj, earlier.step_cycles)
+            yield Measured(earlier.cycles, earlier.energy_pj, earlier.layer_cycles)
 
 
 def _runner(space: Space, options: SearchOptions) -> Runner:

@@ -38,14 +38,14 @@ def database_data(database: Database) -> list[dict[str, Any]]:
             "objective": found.objective,
             "default": _cost_data(found.default),
             "best": _cost_data(found.best),
-            "steps": [
+            "layers": [
                 {
-                    "step": step.name,
-                    "default_cycles": step.default_cycles,
-                    "best_cycles": step.best_cycles,
-                    "changes": {name: list(both) for name, both in step.changes.items()},
+                    "layer": layer.name,
+                    "default_cycles": layer.default_cycles,
+                    "best_cycles": layer.best_cycles,
+                    "changes": {name: list(both) for name, both in layer.changes.items()},
                 }
-                for step in found.steps
+                for layer in found.layers
             ],
             "runs": [{"run": run.key, "best_cost": list(run.best_costs)} for run in found.runs],
         }
@@ -69,7 +69,7 @@ def _parts(found: Outcome) -> Iterator[RenderableType]:
         f"default {found.default.cycles:,} cycles, best {found.best.cycles:,}: {found.gain:.3f}x, "
         f"energy {energy:.3f}x [A]"
     )
-    yield _steps(found)
+    yield _layers(found)
     yield ""
 
 
@@ -83,16 +83,16 @@ def _convergence(run: Run) -> str:
     return f"run {run.name}: {bars} best at trial {best.index(low) + 1} of {len(best)}"
 
 
-def _steps(found: Outcome) -> RenderableType:
+def _layers(found: Outcome) -> RenderableType:
     table = new_table("layers", "layer")
     for column in ("default", "best"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("decisions of the best", overflow="fold")
-    for step in found.steps:
+    for layer in found.layers:
         table.add_row(
-            step.name,
-            f"{step.default_cycles:,}",
-            f"{step.best_cycles:,}",
-            changes_text(step.changes) or "as the default",
+            layer.name,
+            f"{layer.default_cycles:,}",
+            f"{layer.best_cycles:,}",
+            changes_text(layer.changes) or "as the default",
         )
     return table

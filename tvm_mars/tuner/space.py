@@ -19,10 +19,11 @@ from mars_runtime.timing import RAW_WORDS, fill_cost
 
 from ..codegen import time_schedule
 from ..compiler import pack
-from ..graph import Conv, Graph
+from ..graph import Conv, Graph, Pool
 from ..pack import PackedConv
 from ..schedule import (
     BORDERS,
+    DEALINGS,
     Border,
     Choice,
     LayerSchedule,
@@ -32,6 +33,7 @@ from ..schedule import (
     Schedule,
     ScheduleError,
     Step,
+    fuse_pools,
     met_pixels,
     plan,
     point_of,
@@ -76,23 +78,32 @@ class Space:
     arch: MarsArch
     packed: Mapping[str, PackedConv]
     default: Point
+    fusible: dict[str, int] = attrs.field(init=False)
     _loads: dict[tuple[object, ...], tuple[Load, ...]] = attrs.field(factory=dict, init=False)
     _shares: dict[tuple[object, ...], Share] = attrs.field(factory=dict, init=False)
     _domains: dict[int, dict[str, tuple[Any, ...]]] = attrs.field(factory=dict, init=False)
+    _borders: dict[tuple[str, bool], tuple[Border, ...]] = attrs.field(factory=dict, init=False)
 
     @classmethod
     def of(cls, graph: Graph, arch: MarsArch) -> Space:
         """Make the space around a graph's default schedule."""
         packed = pack(graph, arch)
-        return cls(graph, arch, packed, point_of(graph, plan(graph, arch, packed)))
+        pools = [layer.name for layer in graph.layers if isinstance(layer, Pool)]
+        schedule = plan(graph, arch, packed)
+        try:
+            apart = plan(graph, arch, packed, pools)
+        except CapacityError:  # a pool's window does not fit as a map, which is smaller as sums
+            apart = None
+        return cls(graph, arch, packed, point_of(graph, schedule, apart))
+
+    @fusible.default
+    def _find_fusible(self) -> dict[str, int]:
+        """Find the pools that may be fused: by its and by its convolution's name, its position."""
+        places = {layer.name: index for index, layer in enumerate(self.graph.layers)}
+        pools = [(step.layer.name, step.pool.name) for step in fuse_pools(self.graph) if step.pool]
+        return {name: places[pair[1]] for pair in pools for name in pair}
 
     # -- from a point to its schedule ------------------------------------------------------------
-
-    def steps(self, point: Point) -> tuple[Step, ...]:
-        """Give the steps that a point's choices are for."""
-        planner = self._planner()
-        planner.divide(point.unfused)
-        return planner.steps
 
     def realize(self, point: Point) -> Schedule:
         """Make a point's schedule.
@@ -104,7 +115,7 @@ class Space:
         """
         planner = self._planner()
         layers = planner.follow(point, self.loads)
-        return planner.schedule(self._with_leads(layers, point.steps))
+        return planner.schedule(self._with_leads(layers, point))
 
     def time(self, point: Point) -> Timeline:
         """Give the timeline of a point's schedule; raises as :meth:`realize`."""
@@ -123,7 +134,14 @@ class Space:
 
     def loads(self, layer: Conv, choice: Choice) -> tuple[Load, ...]:
         """Give the loads that a layer has by a choice, made once for all points."""
-        key = (layer.name, choice.row_groups, choice.most, choice.chained, choice.border)
+        key = (
+            layer.name,
+            choice.row_groups,
+            choice.most,
+            choice.dealing,
+            choice.chained,
+            choice.border,
+        )
         if key not in self._loads:
             self._loads[key] = self._make_loads(layer, choice)
         return self._loads[key]
@@ -192,22 +210,24 @@ class Space:
             # A core's filling takes its time, too.
             fill = fill_cost(self.arch, 1, self.packed[layer.name].weight_bits).cycles
             cycles = [fill + each.sum(axis=0) for each in self._cycles(layer, choice.border)]
-        return self._planner().make_loads(layer, choice.row_groups, choice.most, cycles)
+        return self._planner().make_loads(
+            layer, choice.row_groups, choice.most, choice.dealing, cycles
+        )
 
     def _planner(self) -> Planner:
         return Planner(self.graph, self.arch, self.packed)
 
-    def _with_leads(
-        self, layers: Sequence[LayerSchedule], choices: Sequence[Choice]
-    ) -> list[LayerSchedule]:
+    def _with_leads(self, layers: Sequence[LayerSchedule], point: Point) -> list[LayerSchedule]:
         """Let loads join the one before where they fit beside it, and give the others their lead.
 
         A load that every tile repeats is on its own.
         """
         found = []
+        chosen = {one.name: c for one, c in zip(self.graph.layers, point.choices, strict=True)}
         slots = index = parameters = ahead = width = 0
         open_group = False
-        for entry, choice in zip(layers, choices, strict=True):
+        for entry in layers:
+            choice = chosen[entry.layer]
             fill, fetch = [], []
             repeated = entry.order == "tiles" and len(entry.loads) > 1
             weight_bits = self.packed[entry.layer].weight_bits if entry.loads else 0
@@ -259,7 +279,7 @@ class Space:
     # -- what may be chosen ----------------------------------------------------------------------
 
     def domain(self, index: int) -> dict[str, tuple[Any, ...]]:
-        """Give for each decision of a default step the values worth trying, its own among them.
+        """Give for each decision of a layer the values worth trying, its default's among them.
 
         What one value needs of another (partial sums of split blocks, a tile of the banks) is not
         told here: such points are refused by :meth:`realize`. Decisions that make no difference
@@ -270,8 +290,8 @@ class Space:
         return self._domains[index]
 
     def _domain(self, index: int) -> dict[str, tuple[Any, ...]]:
-        step, default = self.steps(self.default)[index], self.default.steps[index]
-        out = self.graph.types[step.output]
+        layer, default = self.graph.layers[index], self.default.choices[index]
+        out = self.graph.types[layer.name]
         rows = [(height, out.width) for height in tile_extents(out.height)]
         columns = [(1, width) for width in tile_extents(out.width)[1:]]
         # Smaller tiles need less room, which the default's have, and take more drains and issues.
@@ -281,13 +301,14 @@ class Space:
             "staged": (False, True),
             "bank": tuple(range(self.arch.banks)),
         }
-        if isinstance(step.layer, Conv):
-            found |= self._load_domain(step.layer, default, out.height)
-            # Where a choice cuts no more than the one before, it is no choice.
-            cuts = {self._planner().cuts(step, border): border for border in reversed(BORDERS)}
-            found["border"] = tuple(border for border in BORDERS if border in cuts.values())
+        if isinstance(layer, Conv):
+            found |= self._load_domain(layer, default, out.height)
+            open_ = {*self._cutting(layer, False), *self._cutting(layer, True)}
+            found["border"] = tuple(border for border in BORDERS if border in open_)
         else:
             found |= {"block_tile": tuple(tile_extents(out.blocks))}
+        if self.fusible.get(layer.name) == index:
+            found |= {"fused": (False, True)}
         return {
             name: values if getattr(default, name) in values else (getattr(default, name), *values)
             for name, values in found.items()
@@ -331,12 +352,45 @@ class Space:
                 "most": (0, *limits),
                 "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
                 "apart": (False, True),
+                "dealing": DEALINGS if len(packed.blocks) > 2 else (default.dealing,),
             }
             | ({"chained": (False, True)} if chains else {})
         )
 
+    def _cutting(self, layer: Conv, fused: bool) -> tuple[Border, ...]:
+        """Give the choices of a border that cut more than the one before."""
+        key = (layer.name, fused)
+        if key not in self._borders:
+            pool = (
+                self.graph.layers[self.fusible[layer.name]] if layer.name in self.fusible else None
+            )
+            step = Step(layer, pool if fused and isinstance(pool, Pool) else None)
+            cuts = {self._planner().cuts(step, border): border for border in reversed(BORDERS)}
+            self._borders[key] = tuple(border for border in BORDERS if border in cuts.values())
+        return self._borders[key]
+
+    def decisions(self, point: Point, index: int) -> dict[str, tuple[Any, ...]]:
+        """Give those decisions of a layer that are open, and make a difference beside the others.
+
+        A layer whose pool is fused writes the pool's map, about which the pool decides.
+        """
+        layer, domain = self.graph.layers[index], dict(self.domain(index))
+        pool = self.fusible.get(layer.name)
+        fused = pool is not None and point.choices[pool].fused
+        if isinstance(layer, Conv):
+            domain["border"] = self._cutting(layer, fused)
+        idle: tuple[str, ...] = ()
+        if fused:
+            idle = ("block_tile",) if pool == index else ("tile", "staged", "bank")
+        return {n: values for n, values in domain.items() if len(values) > 1 and n not in idle}
+
+    def writer(self, point: Point, index: int) -> int:
+        """Give the layer that decides where a layer's result is written: it, or its fused pool."""
+        pool = self.fusible.get(self.graph.layers[index].name, index)
+        return pool if point.choices[pool].fused else index
+
     def drawn(self, rng: random.Random, point: Point, index: int, share: float) -> Point:
-        """Give a point with some decisions of a step drawn anew; it may be refused.
+        """Give a point with some decisions of a layer drawn anew; it may be refused.
 
         Parameters
         ----------
@@ -347,22 +401,22 @@ class Space:
         drawn = {
             name: rng.choice(values) for name, values in domain.items() if rng.random() < share
         }
-        return replaced(point, index, attrs.evolve(point.steps[index], **drawn))
+        return replaced(point, index, **drawn)
 
     def neighbours(self, point: Point, index: int) -> Iterator[Point]:
-        """Yield the points that differ in one decision of one step."""
-        choice = point.steps[index]
-        for name, values in self.domain(index).items():
+        """Yield the points that differ in one decision of one layer."""
+        for name, values in self.decisions(point, index).items():
             for value in values:
-                if value != getattr(choice, name):
-                    yield replaced(point, index, attrs.evolve(choice, **{name: value}))
+                if value != getattr(point.choices[index], name):
+                    yield replaced(point, index, **{name: value})
 
 
 def _tiles(out: MapType, tile: tuple[int, int]) -> int:
     return -(-out.height // tile[0]) * -(-out.width // tile[1])
 
 
-def replaced(point: Point, index: int, choice: Choice) -> Point:
-    """Give a point with one step's choice replaced."""
-    steps = (*point.steps[:index], choice, *point.steps[index + 1 :])
-    return attrs.evolve(point, steps=steps)
+def replaced(point: Point, index: int, **decisions: Any) -> Point:
+    """Give a point with some decisions of one layer replaced."""
+    choices = list(point.choices)
+    choices[index] = attrs.evolve(choices[index], **decisions)
+    return Point(tuple(choices))

@@ -11,14 +11,14 @@ import attrs
 from mars_runtime.timing import RAW_WORDS
 
 from ..graph import Conv
-from ..schedule import Choice, Point, ScheduleError
+from ..schedule import Border, Point, ScheduleError
 from .space import Space, replaced
 
 __all__ = ["bordered", "layout", "starts", "uniform"]
 
 
 def starts(space: Space) -> Iterator[Point]:
-    """Yield the default point, those that differ from it in all steps alike, and layouts.
+    """Yield the default point, those that differ from it in all layers alike, and layouts.
 
     All but the first have borders cut where that pays.
     """
@@ -44,22 +44,22 @@ def uniform(space: Space, changes: dict[str, Any]) -> Point:
 
     A limit that would cut a kernel block, so that its sums had to travel, is not taken there.
     """
-    steps = []
-    for step, choice in zip(space.steps(space.default), space.default.steps, strict=True):
-        packed = space.packed.get(step.layer.name)
+    choices = []
+    for layer, choice in zip(space.graph.layers, space.default.choices, strict=True):
+        packed = space.packed.get(layer.name)
         if packed is None:
-            steps.append(choice)
+            choices.append(choice)
             continue
         wanted = dict(changes)
-        pixels = space.graph.types[step.output].height * space.graph.types[step.output].width
+        pixels = space.graph.types[layer.name].height * space.graph.types[layer.name].width
         if wanted.pop("chained", False) and len(packed.blocks) == pixels == 1:
             wanted |= {"chained": True, "row_groups": 1}
         if wanted.get("most"):
             wanted["most"] = max(wanted["most"], *(b.group_sets for b in packed.blocks))
             if wanted["most"] >= space.arch.slots(packed.weight_bits):
                 wanted["most"] = choice.most
-        steps.append(attrs.evolve(choice, **wanted))
-    return attrs.evolve(space.default, steps=tuple(steps))
+        choices.append(attrs.evolve(choice, **wanted))
+    return Point(tuple(choices))
 
 
 def bordered(space: Space, point: Point) -> Point:
@@ -68,24 +68,20 @@ def bordered(space: Space, point: Point) -> Point:
     Where the kernel blocks, dealt out anew, have no room, it is the point itself.
     """
     arch, found = space.arch, point
-    for index, (step, choice) in enumerate(zip(space.steps(point), point.steps, strict=True)):
-        layer = step.layer
+    for index, layer in enumerate(space.graph.layers):
         if not isinstance(layer, Conv):
             continue
         settings = 1 if layer.residual is None else 2  # SAS; RESIDUAL besides
         drain = arch.macro_latency_cycles + arch.apw_latency_cycles + settings * arch.issue_cycles
-        best: tuple[int, Choice] | None = None
-        for border in space.domain(index)["border"]:
-            cut = attrs.evolve(choice, border=border)
+        costs: dict[Border, int] = {}
+        for border in space.decisions(point, index).get("border", ()):
             try:
-                share = space.share(layer, cut)
+                share = space.share(layer, attrs.evolve(point.choices[index], border=border))
             except ScheduleError:
                 continue
-            cost = share.busy + share.convs * drain
-            if best is None or cost < best[0]:
-                best = cost, cut
-        if best is not None:
-            found = replaced(found, index, best[1])
+            costs[border] = share.busy + share.convs * drain
+        if costs:
+            found = replaced(found, index, border=min(costs, key=costs.__getitem__))
     return found if _has_room(space, found) else point
 
 
@@ -98,44 +94,43 @@ def layout(space: Space, most: int, balanced: int | None) -> Point:
     leaves the cores more even, and they leave room in the array for what follows.
     """
     point = space.default
-    for index, choice in enumerate(point.steps):
-        for wanted in (*_layouts(space, point, index, most, balanced), choice):
-            trial = replaced(point, index, wanted)
-            if _has_room(space, trial):
-                point = trial
-                break
+    for index in range(len(point.choices)):
+        trials = _layouts(space, point, index, most, balanced)
+        point = next((trial for trial in trials if _has_room(space, trial)), point)
     return point
 
 
 def _layouts(
     space: Space, point: Point, index: int, most: int, balanced: int | None
-) -> Iterator[Choice]:
-    """Yield the choices that :func:`layout` tries for a step, best first."""
-    layer = space.steps(point)[index].layer
+) -> Iterator[Point]:
+    """Yield what :func:`layout` tries for a layer, best first."""
+    layer = space.graph.layers[index]
     if not isinstance(layer, Conv):
         return
     arch, packed, out = space.arch, space.packed[layer.name], space.graph.types[layer.name]
-    choice = attrs.evolve(point.steps[index], join=True, slots="next")
+    point = replaced(point, index, join=True, slots="next")
     pixels, capacity = out.height * out.width, arch.slots(packed.weight_bits)
     heaviest = max(block.group_sets for block in packed.blocks)
     if pixels == len(packed.blocks) == 1:
-        yield attrs.evolve(choice, chained=True, row_groups=1)
+        yield replaced(point, index, chained=True, row_groups=1)
         return
-    whole = attrs.evolve(choice, most=heaviest if heaviest < capacity else 0)
+    whole = replaced(point, index, most=heaviest if heaviest < capacity else 0)
     if balanced is not None and pixels >= balanced:
-        shared = [attrs.evolve(whole, row_groups=n) for n in space.domain(index)["row_groups"]]
+        choice = whole.choices[index]
+        shared = [attrs.evolve(choice, row_groups=n) for n in space.domain(index)["row_groups"]]
         even = min(shared, key=lambda one: (space.share(layer, one).cycles, one.row_groups))
         if even.row_groups > 1 and space.share(layer, even).group_sets <= capacity * 3 // 4:
-            yield even
+            yield replaced(whole, index, row_groups=even.row_groups)
     if packed.group_sets > arch.cores * most:
         # A part between two others reads and writes sums while it computes; a first or last one
         # does so only once.
         accesses = arch.accesses(space.graph.types[layer.terms[0].input].bits)
         part = most if most * accesses >= 2 * RAW_WORDS else max(most, -(-heaviest // 2))
-        small = attrs.evolve(choice, most=part)
+        small = replaced(point, index, most=part)
         yield small
         # Where the sums need a bank for themselves, the map goes where the layer's input lies.
-        yield from (attrs.evolve(small, bank=bank) for bank in range(arch.banks))
+        writer = space.writer(point, index)
+        yield from (replaced(small, writer, bank=bank) for bank in range(arch.banks))
     yield whole
 
 

@@ -2,7 +2,7 @@
 
 A strategy proposes points and is told what they cost; it never measures. Everything random comes
 from its seed, so that the same trials follow whoever measures them. All start with the same few
-points: the default schedule, and what one decision taken for all steps alike makes of it.
+points: the default schedule, and what one decision taken for all layers alike makes of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from .starts import starts, uniform
 
 __all__ = ["STRATEGIES", "Strategy", "make_strategy"]
 
-#: Decisions that are tried for all steps alike, at the start and by the grid.
+#: Decisions that are tried for all layers alike, at the start and by the grid.
 UNIFORM: dict[str, tuple[Any, ...]] = {
     "join": (False, True),
     "slots": ("low", "next"),
@@ -92,32 +93,31 @@ class Sweep:
 
 
 def _random_points(space: Space, rng: random.Random) -> Iterator[Point]:
-    """Draw steps of the default point anew: any number of them, a third of their decisions."""
+    """Draw layers of the default point anew: any number of them, a third of their decisions."""
     while True:
         point = space.default
-        count = rng.randint(1, len(point.steps))
-        for index in rng.sample(range(len(point.steps)), count):
+        count = rng.randint(1, len(point.choices))
+        for index in rng.sample(range(len(point.choices)), count):
             point = space.drawn(rng, point, index, 1 / 3)
         yield point
 
 
 def grid_points(space: Space) -> Iterator[Point]:
-    """Yield a graph of one step exhaustively; else all uniform points, then single changes."""
+    """Yield a graph of one layer exhaustively; else all uniform points, then single changes."""
     default = space.default
-    if len(default.steps) == 1:
+    if len(default.choices) == 1:
         domain = space.domain(0)
         for values in itertools.product(*domain.values()):
-            choice = attrs.evolve(default.steps[0], **dict(zip(domain, values, strict=True)))
-            yield replaced(default, 0, choice)
+            yield replaced(default, 0, **dict(zip(domain, values, strict=True)))
         return
     for values in itertools.product(*UNIFORM.values()):
         yield uniform(space, dict(zip(UNIFORM, values, strict=True)))
-    for index in range(len(default.steps)):
+    for index in range(len(default.choices)):
         yield from space.neighbours(default, index)
 
 
 class Annealing:
-    """Simulated annealing: one step's decisions change at a time, the temperature falls."""
+    """Simulated annealing: one layer's decisions change at a time, the temperature falls."""
 
     def __init__(self, space: Space, rng: random.Random, trials: int) -> None:
         self.space, self.rng, self.trials = space, rng, trials
@@ -148,37 +148,40 @@ class Annealing:
                 self.current, self.cost = point, cost
 
 
-def _moved(space: Space, rng: random.Random, point: Point, steps: int) -> Point:
-    """Change a few decisions of so many steps that follow each other."""
-    first = rng.randrange(len(point.steps))
-    for index in range(first, min(first + steps, len(point.steps))):
-        domain = space.domain(index)
-        names = rng.sample(list(domain), rng.choice((1, 1, 2)))
-        drawn = {name: rng.choice(domain[name]) for name in names}
-        point = replaced(point, index, attrs.evolve(point.steps[index], **drawn))
+def _moved(space: Space, rng: random.Random, point: Point, layers: int) -> Point:
+    """Change a few decisions of so many layers that follow each other."""
+    first = rng.randrange(len(point.choices))
+    for index in range(first, min(first + layers, len(point.choices))):
+        open_ = space.decisions(point, index)
+        names = rng.sample(list(open_), min(len(open_), rng.choice((1, 1, 2))))
+        point = replaced(point, index, **{name: rng.choice(open_[name]) for name in names})
     return point
 
 
 class Evolution:
     """Evolutionary search: the best points are changed and crossed; a model picks among many.
 
-    Which decision is changed is drawn by how often changing it has made a point better. With the
-    cost model ``none`` what was bred is measured as it comes.
+    Which decision of a layer is changed is drawn by how often changing it has made a point better,
+    there and in all layers. Half of the new values lie beside the old one in the domain, which is
+    in order. With the cost model ``none`` what was bred is measured as it comes.
     """
 
     KEPT = 6
-    BRED = 8  # candidates for each point that is measured
-    TRUSTED = 32  # measured points with which the model chooses half of the next
-    CROSSED = 0.2  # share that has two parents
+    BRED = 4  # candidates for each point that is measured
+    TRUSTED = 32  # measured points with which the model chooses among half of them
+    CROSSED = 0.4  # share that has two parents
+    NEAR = 0.5  # share of values beside the old one
 
     def __init__(self, space: Space, rng: random.Random, model: CostModel, picks: bool) -> None:
         self.space, self.rng, self.model, self.picks = space, rng, model, picks
         self.fresh = _Fresh(space)
         self.first = list(starts(space))
         self.measured: list[tuple[float, int, Point]] = []
-        self.changed: dict[Point, tuple[float, list[str]]] = {}  # parent's cost, what was decided
-        self.tries: dict[str, int] = {}  # by decision, how often it was changed
-        self.wins: dict[str, int] = {}  # ... for the better
+        # Of each child: its parent's cost, and the decisions that were changed, by layer.
+        self.changed: dict[Point, tuple[float, list[tuple[int, str]]]] = {}
+        # How often a decision of a layer, or of any, was changed; and for the better.
+        self.tries: Counter[tuple[int, str] | str] = Counter()
+        self.wins: Counter[tuple[int, str] | str] = Counter()
 
     def propose(self, count: int) -> list[Point]:
         """Breed points, and give those that the model holds best."""
@@ -192,12 +195,15 @@ class Evolution:
             return self.fresh.take(children, count)
         bred = list(dict.fromkeys(itertools.islice(children, self.BRED * count)))
         bred = [point for point in bred if point not in self.fresh.seen]
-        scores = self.model.scores(bred)
-        order = sorted(range(len(bred)), key=lambda i: (-scores[i], i))
+        scores = dict(zip(bred, self.model.scores(bred), strict=True))
         trust = len(self.measured) / (len(self.measured) + self.TRUSTED)
-        greedy = self.fresh.take((bred[i] for i in order), round(count * trust))
-        self.rng.shuffle(bred)
-        return [*greedy, *self.fresh.take(iter(bred), count - len(greedy))]
+        # The best of each few: the best of all would be much alike.
+        groups = (bred[at : at + self.BRED] for at in range(0, len(bred), self.BRED))
+        picked = (
+            max(group, key=scores.__getitem__) if self.rng.random() < trust else group[0]
+            for group in groups
+        )
+        return self.fresh.take(picked, count) or self.fresh.take(children, count)
 
     def _child(self, parents: Sequence[tuple[float, int, Point]]) -> Point:
         # The better half of two that are drawn: pressure without losing the rest.
@@ -205,33 +211,46 @@ class Evolution:
         cost, _, child = parents[place]
         if self.rng.random() < self.CROSSED:
             _, _, other = self.rng.choice(parents)
-            cut = self.rng.randint(0, len(child.steps))
-            child = attrs.evolve(child, steps=child.steps[:cut] + other.steps[cut:])
+            first, last = sorted(self.rng.randint(0, len(child.choices)) for _ in range(2))
+            middle = other.choices[first:last]
+            child = Point(child.choices[:first] + middle + child.choices[last:])
         decided = []
-        first = self.rng.randrange(len(child.steps))
-        for index in range(first, min(first + self.rng.choice((1, 1, 1, 2)), len(child.steps))):
-            step = child.steps[index]
-            open_ = {n: v for n, v in self.space.domain(index).items() if len(v) > 1}
+        first = self.rng.randrange(len(child.choices))
+        for index in range(first, min(first + self.rng.choice((1, 1, 1, 2)), len(child.choices))):
+            open_ = self.space.decisions(child, index)
             if not open_:
                 continue
-            (name,) = self.rng.choices(list(open_), [self._promise(one) for one in open_])
-            value = self.rng.choice([v for v in open_[name] if v != getattr(step, name)])
-            child = replaced(child, index, attrs.evolve(step, **{name: value}))
-            decided.append(name)
+            (name,) = self.rng.choices(list(open_), [self._promise(index, one) for one in open_])
+            value = self._value(open_[name], getattr(child.choices[index], name))
+            child = replaced(child, index, **{name: value})
+            decided.append((index, name))
         self.changed.setdefault(child, (cost, decided))
         return child
 
-    def _promise(self, name: str) -> float:
-        """Tell how often changing a decision made a point better, as far as was tried."""
-        return (1 + self.wins.get(name, 0)) / (4 + self.tries.get(name, 0))
+    def _value(self, values: Sequence[Any], now: Any) -> Any:
+        """Draw another value of a decision."""
+        others = [value for value in values if value != now]
+        if now in values and self.rng.random() < self.NEAR:
+            place = values.index(now)
+            others = [values[at] for at in (place - 1, place + 1) if 0 <= at < len(values)]
+        return self.rng.choice(others)
+
+    def _promise(self, index: int, name: str) -> float:
+        """Tell how often changing a decision made a point better, as far as was tried.
+
+        What is known of a layer counts beside as much as four tries of what is known of all.
+        """
+        everywhere = (1 + self.wins[name]) / (4 + self.tries[name])
+        return (4 * everywhere + self.wins[index, name]) / (4 + self.tries[index, name])
 
     def observe(self, points: Sequence[Point], costs: Sequence[float | None]) -> None:
         """Keep what was measured, and let the model learn from all of it."""
         for point, cost in zip(points, costs, strict=True):
             before, decided = self.changed.get(point, (0.0, []))
-            for name in decided:
-                self.tries[name] = self.tries.get(name, 0) + 1
-                self.wins[name] = self.wins.get(name, 0) + (cost is not None and cost < before)
+            better = cost is not None and cost < before
+            for index, name in decided:
+                self.tries.update(((index, name), name))
+                self.wins.update(((index, name), name) if better else ())
             if cost is not None:
                 self.measured.append((cost, len(self.measured), point))
         self.changed.clear()
