@@ -54,7 +54,7 @@ class _Occupancy(Machine):
     """A machine that adds up how long each unit and port is in use, layer by layer."""
 
     def __init__(self, region: Region, arch: MarsArch) -> None:
-        super().__init__(region, arch)
+        super().__init__(region, arch, trace=True)
         self.busy: list[dict[str, int]] = [{} for _ in self.layers]
 
     def _use(self, lane: str, cycles: int) -> None:
