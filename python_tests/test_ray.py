@@ -231,7 +231,10 @@ def test_workers_are_released(interrupted, cluster, tmp_path, monkeypatch):
 
 
 SEARCH = """
-import os, sys, time
+import os, signal, sys, time
+# What runs in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from python_tests.small_networks import every_kind_of_layer
 from tvm_mars.tuner import ray_runner
 from tvm_mars.tuner.api import tune
@@ -262,6 +265,10 @@ def test_a_cluster_that_was_started_ends_with_the_search(sent, tmp_path):
         node = int(process.stdout.readline())
         assert is_alive(node)
         process.send_signal(sent)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
     wait_for_end(node)
     assert len(Database(tmp_path / "tuned").records) == 11
 
