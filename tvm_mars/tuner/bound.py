@@ -11,27 +11,35 @@ computes when the layers that it depends on are done; each group-set is filled a
 before the core that holds it computes with it; a core holds no more group-sets than it has slots,
 and fills no more than those between two openings of its array, since it has to compute in between.
 
-**Without overlap, or with prefetch,** a core computes or is filled, never both: cores times the
-latency is at least all work, plus all filling, plus one opening for as many group-sets as a core
-holds.
+Three things bound the latency on every machine:
 
-**With full overlap** let ``ready(f)`` be a bound of when the layers that ``f`` depends on are done,
-0 if there are none. Two things bound the end of a layer ``l``:
+**What lies behind each other.** Let ``ready(f)`` be a bound of when the layers that ``f`` depends
+on are done, 0 if there are none. The end of a layer ``l`` is bounded by this:
 
-- It computes for its work over the cores after ``ready(l)``, and after an array was opened and a
-  group-set filled.
+- It computes for its work over the cores after ``ready(l)``, and, unless a kernel block of it is
+  empty, after a group-set was fetched, an array opened, and it filled.
 - Take any ``f`` that is ``l`` or that ``l`` depends on, and the layers between: those that are or
   depend on ``f`` and that are or ``l`` depends on. None of them computes before ``ready(f)``, at
   which the cores hold at most all their slots of their group-sets, or nothing if ``f`` depends on
   no layer. The others are *fresh*: filled after it. One core fills at least its share of them, and
   opens its array for as many as it has slots, though one opening may lie before. And all cores
   together fill all of them.
+- Beside the slots, weight SRAMs may hold group-sets at ``ready(f)``. What fits neither is fetched
+  after it, and the last of that is filled.
 
-The latency is at least the latest end. In all cases the off-chip port is held for every group-set
-that is fetched with its index code, and for every map that leaves.
+The latency is at least the latest end.
+
+**What takes turns on a core,** unless it is filled behind compute: computing and filling. Cores
+times the latency is at least all work, plus all filling, plus one opening for as many group-sets
+as a core holds. Without overlap computing and fetching take turns, too: it is at least all work,
+plus all fetching.
+
+**The off-chip port** is held for every group-set that is fetched with its index code, and for every
+map that leaves.
 
 What it leaves out makes it too small: kernel blocks do not divide evenly over cores, a core holds
-what it computes with while it is filled, drains, tables, maps that enter.
+what it computes with while it is filled, drains, tables, maps that enter; and, without overlap,
+that one core after the other has to stand still to be fetched for.
 """
 
 from __future__ import annotations
@@ -56,23 +64,27 @@ from ..schedule import Step, fuse_pools, least_macro_cycles
 
 __all__ = ["least_cycles"]
 
+CODE_BITS = 8 * isa.CODE_BYTES
+
 
 @attrs.frozen
 class _Layer:
-    """A layer's needs: cores' cycles, group-sets, cycles to fill one; and what it depends on."""
+    """A layer's needs: cores' cycles, group-sets, cycles to fill one and its weights' bits."""
 
     work: int
     group_sets: int
     fill: int
     slots: int
-    before: frozenset[str]
+    bits: int
+    dense: bool  # whether no kernel block is empty, so that all of it needs weights
+    before: frozenset[str]  # what it depends on
 
 
 def least_cycles(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> int:
     """Give core cycles that no schedule of a graph beats, as derived in the module's text."""
     layers = _layers(graph, arch, packed)
-    cores = _filled_behind(layers, arch) if arch.overlap == "full" else _in_turn(layers, arch)
-    return max(cores, _port(graph, arch, packed))
+    behind, port = _behind_each_other(layers, arch), _port(graph, arch, packed)
+    return max(behind, port, 0 if arch.overlap == "full" else _in_turn(layers, arch))
 
 
 def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> dict[str, _Layer]:
@@ -87,7 +99,7 @@ def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> d
             continue
         if not isinstance(layer, Conv):
             work = _pass_work(graph, layer)
-            found[layer.name] = _Layer(work, 0, 0, 0, before[layer.name])
+            found[layer.name] = _Layer(work, 0, 0, 0, 0, False, before[layer.name])
             before[layer.name] |= {layer.name}
             continue
         held, step = packed[layer.name], steps[layer.name]
@@ -100,6 +112,8 @@ def _layers(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> d
             held.group_sets,
             fill_cost(arch, 1, held.weight_bits).cycles,
             arch.slots(held.weight_bits),
+            8 * group_set_bytes(held.weight_bits),
+            all(block.group_sets for block in held.blocks),
             before[layer.name],
         )
         before[layer.name] |= {layer.name}
@@ -177,19 +191,23 @@ def _busiest(macros: npt.NDArray[Any], ports: Sequence[npt.NDArray[Any]]) -> int
 
 
 def _in_turn(layers: Mapping[str, _Layer], arch: MarsArch) -> int:
-    filling = sum(one.group_sets * one.fill for one in layers.values())
+    group_sets = sum(one.group_sets for one in layers.values())
     slots = max((one.slots for one in layers.values()), default=1)
-    openings = -(-sum(one.group_sets for one in layers.values()) // slots)
-    work = sum(one.work for one in layers.values())
-    return -(-(work + filling + openings * arch.array_fill_cycles) // arch.cores)
+    loading = sum(one.group_sets * one.fill for one in layers.values())
+    loading += -(-group_sets // slots) * arch.array_fill_cycles
+    if arch.overlap == "none":
+        bits = sum(one.group_sets * (one.bits + CODE_BITS) for one in layers.values())
+        loading = max(loading, offchip_cycles(arch, bits))
+    return -(-(sum(one.work for one in layers.values()) + loading) // arch.cores)
 
 
-def _filled_behind(layers: Mapping[str, _Layer], arch: MarsArch) -> int:
+def _behind_each_other(layers: Mapping[str, _Layer], arch: MarsArch) -> int:
     end: dict[str, int] = {}
     for name, layer in layers.items():
         ready = _ready(layer, end)
-        if layer.group_sets:
-            ready = max(ready, arch.array_fill_cycles + layer.fill)
+        if layer.dense:
+            fetched = offchip_cycles(arch, layer.bits + CODE_BITS)
+            ready = max(ready, max(fetched, arch.array_fill_cycles) + layer.fill)
         latest = ready + -(-layer.work // arch.cores)
         for first in (*layer.before, name):
             between = [
@@ -212,15 +230,20 @@ def _refilled(layers: list[_Layer], arch: MarsArch) -> int:
     layers = [layer for layer in layers if layer.group_sets]
     slots = max((layer.slots for layer in layers), default=1)
     fill = min((layer.fill for layer in layers), default=0)
+    bits = sum(layer.group_sets * layer.bits for layer in layers)
+    if not is_first:
+        wide = max((layer.bits for layer in layers), default=0)
+        bits -= arch.cores * (slots * wide + arch.weight_sram_bits)
+    fetched = offchip_cycles(arch, bits) + fill if bits > 0 else 0
     fresh = sum(layer.group_sets for layer in layers) - (0 if is_first else arch.cores * slots)
     if fresh <= 0:
-        return 0
+        return fetched
     share = -(-fresh // arch.cores)
     opened = 0 if is_first else 1
     busiest = share * fill + (-(-share // slots) - opened) * arch.array_fill_cycles
     openings = max(0, -(-fresh // slots) - opened * arch.cores)
     together = -(-(fresh * fill + openings * arch.array_fill_cycles) // arch.cores)
-    return max(busiest, together)
+    return max(busiest, together, fetched)
 
 
 def _port(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import attrs
 
 from mars_runtime.timing import RAW_WORDS
 
-from ..graph import Conv
+from ..graph import Conv, Pool
 from ..schedule import Border, Point, ScheduleError
 from .space import Space, replaced
 
@@ -24,16 +25,17 @@ def starts(space: Space) -> Iterator[Point]:
     """
     yield space.default
     yield bordered(space, space.default)
-    finest = {"most": 1, "chunk": 16, "chained": True}
+    joined = {"join": True, "chained": True}
     for changes in (
         {"join": True},
-        {"slots": "next"},
-        {"join": True, "chunk": 16, "chained": True},
-        {"join": True} | finest,
-        {"join": True, "slots": "next"} | finest,
-        {"join": True, "fetch_lead": 1} | finest,
+        joined | {"most": 1, "chunk": 16, "slots": "next"},
+        joined | {"most": 8, "chunk": 4},
+        joined | {"most": 24, "chunk": 16},
+        joined | {"most": 32, "chunk": 4},
     ):
         yield bordered(space, uniform(space, changes))
+    ahead = uniform(space, joined | {"most": 8, "chunk": 4, "fetch_lead": 1})
+    yield _first_alone(space, bordered(space, ahead))
     if space.arch.overlap == "full":
         for most, balanced in itertools.product((8, 12), (None, 1024, 256)):
             yield bordered(space, layout(space, most, balanced))
@@ -62,27 +64,75 @@ def uniform(space: Space, changes: dict[str, Any]) -> Point:
     return Point(tuple(choices))
 
 
-def bordered(space: Space, point: Point) -> Point:
+def bordered(space: Space, point: Point, *, pools: bool = True) -> Point:
     """Give a point with borders cut where fewer cycles of cores outweigh the drains of more CONVs.
 
-    Where the kernel blocks, dealt out anew, have no room, it is the point itself.
+    With ``pools`` a fused pool is done apart where cutting its convolution's border outweighs
+    reading the map again.
+    Where the kernel blocks, dealt out anew, have no room, or the map, all stays as it is.
     """
-    arch, found = space.arch, point
+    found = point
     for index, layer in enumerate(space.graph.layers):
         if not isinstance(layer, Conv):
             continue
-        settings = 1 if layer.residual is None else 2  # SAS; RESIDUAL besides
-        drain = arch.macro_latency_cycles + arch.apw_latency_cycles + settings * arch.issue_cycles
-        costs: dict[Border, int] = {}
-        for border in space.decisions(point, index).get("border", ()):
-            try:
-                share = space.share(layer, attrs.evolve(point.choices[index], border=border))
-            except ScheduleError:
-                continue
-            costs[border] = share.busy + share.convs * drain
-        if costs:
-            found = replaced(found, index, border=min(costs, key=costs.__getitem__))
+        cost, cut = _border(space, found, index)
+        pool = space.fusible.get(layer.name)
+        if pools and pool is not None and found.choices[pool].fused:
+            apart = _apart(found, index, pool)
+            conv, other = _border(space, apart, index)
+            if conv + _pooling(space, pool) < cost and _has_room(space, other):
+                cut = other
+        found = cut
     return found if _has_room(space, found) else point
+
+
+def _first_alone(space: Space, point: Point) -> Point:
+    """Give a point whose first convolution begins as soon as its own weights are there."""
+    convs = [i for i, layer in enumerate(space.graph.layers) if isinstance(layer, Conv)]
+    return replaced(point, convs[1], join=False) if len(convs) > 1 else point
+
+
+def _apart(point: Point, conv: int, pool: int) -> Point:
+    """Give a point with a pool done apart from its convolution, which writes where both did.
+
+    The pool, and what follows, changes banks: each reads one and writes the other, whose ports
+    serve both at once.
+    """
+    choices = [
+        attrs.evolve(choice, bank=1 - choice.bank) if place >= pool else choice
+        for place, choice in enumerate(point.choices)
+    ]
+    return replaced(
+        replaced(Point(tuple(choices)), conv, bank=point.choices[pool].bank), pool, fused=False
+    )
+
+
+def _border(space: Space, point: Point, index: int) -> tuple[float, Point]:
+    """Give the least cycles of a convolution over its borders, and the point that has them."""
+    arch, layer = space.arch, space.graph.layers[index]
+    assert isinstance(layer, Conv)
+    settings = 1 if layer.residual is None else 2  # SAS; RESIDUAL besides
+    drain = arch.macro_latency_cycles + arch.apw_latency_cycles + settings * arch.issue_cycles
+    costs: dict[Border, int] = {}
+    for border in space.decisions(point, index).get("border", (point.choices[index].border,)):
+        try:
+            share = space.share(layer, attrs.evolve(point.choices[index], border=border))
+        except ScheduleError:
+            continue
+        costs[border] = share.busy + share.convs * drain
+    if not costs:
+        return math.inf, point
+    best = min(costs, key=costs.__getitem__)
+    return costs[best], replaced(point, index, border=best)
+
+
+def _pooling(space: Space, index: int) -> int:
+    """Give the cycles of a pool of its own on the core that is dealt most blocks."""
+    pool = space.graph.layers[index]
+    assert isinstance(pool, Pool)
+    source = space.graph.types[pool.input]
+    blocks = -(-source.blocks // space.arch.cores)
+    return blocks * source.height * source.width * source.planes
 
 
 def layout(space: Space, most: int, balanced: int | None) -> Point:
