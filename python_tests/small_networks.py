@@ -7,11 +7,12 @@ import json
 import struct
 from typing import Any
 
+import attrs
 import numpy as np
 
-from mars_runtime import PRESETS, Program
+from mars_runtime import PRESETS, MarsArch, Program, Region
 from mars_runtime.quantize import Dequantize, Quantize
-from tvm_mars.compiler import NamedGraph, build
+from tvm_mars.compiler import NamedGraph, build, build_region
 from tvm_mars.graph import (
     Add,
     Conv,
@@ -25,6 +26,8 @@ from tvm_mars.graph import (
     Requant,
     Residual,
 )
+from tvm_mars.schedule import Border, Point
+from tvm_mars.tuner.space import Space
 
 
 def every_kind_of_layer(seed: int = 0) -> Graph:
@@ -101,6 +104,14 @@ def pooled_convs(seed: int) -> Graph:
         source, before, size = pool, channels, size // 2
     out = Output(source, (before, 16 // layers[1].kernel[0] // 2, 4), Dequantize("uint8"))
     return Graph([images], layers, [out])
+
+
+def bordered_region(graph: Graph, arch: MarsArch, border: Border = "both") -> Region:
+    """Build a region by the default schedule, but for one choice of the border in all layers."""
+    space = Space.of(graph, arch)
+    choices = (attrs.evolve(choice, border=border) for choice in space.default.choices)
+    schedule = space.realize(Point(tuple(choices)))
+    return build_region(NamedGraph.of(graph), arch, scheduler=lambda *_: schedule)
 
 
 def tiny_conv() -> Graph:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -24,6 +25,7 @@ from tvm_mars.cli import _COMMANDS, main, mars
 from tvm_mars.compiler import NamedGraph, build
 from tvm_mars.graph import Graph
 from tvm_mars.onnx_export import to_onnx
+from tvm_mars.options import CHANNEL_ORDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 START = [sys.executable, "-c", "import sys; from tvm_mars.cli import main; sys.exit(main())"]
@@ -661,3 +663,16 @@ def test_run_says_that_a_model_is_to_be_compiled(
 ) -> None:
     result = call("run", onnx_model, "--inputs", images, "-o", tmp_path / "y.npz")
     assert result.exit_code == 1 and f"mars compile {onnx_model}" in result.stderr
+
+
+def test_choices_are_those_that_the_library_takes():
+    """They are written twice, for importing the library would slow down every --help."""
+    commands = [mars.get_command(click.Context(mars), name) for name in ("compile", "run")]
+    offered = {
+        option.name: tuple(option.type.choices)
+        for command in commands
+        for option in command.params
+        if isinstance(option.type, click.Choice)
+    }
+    assert offered["channel_order"] == CHANNEL_ORDERS
+    assert offered["engine"] == mars_runtime.ENGINES

@@ -28,6 +28,7 @@ from mars_runtime.plan import Plan, _Scaling, _vectors
 from mars_runtime.program import Region
 from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
+from python_tests.small_networks import bordered_region
 from python_tests.test_machine import MACHINES, network_of
 from tvm_mars.compiler import NamedGraph, build, build_region
 from tvm_mars.graph import (
@@ -44,8 +45,6 @@ from tvm_mars.graph import (
     window_size,
 )
 from tvm_mars.networks import resnet20, vgg16
-from tvm_mars.schedule import Point
-from tvm_mars.tuner.space import Space
 
 MARS = PRESETS["mars"]
 VARIANTS = native.variants()
@@ -187,14 +186,6 @@ def test_every_compiled_program_is_lifted(name, first_seed):
         ]
 
 
-def bordered(graph: Graph, arch: mars_runtime.MarsArch) -> Region:
-    """Build a program whose borders pass over the taps that only meet padding."""
-    space = Space.of(graph, arch)
-    choices = [attrs.evolve(choice, border="both") for choice in space.default.choices]
-    schedule = space.realize(Point(tuple(choices)))
-    return build_region(NamedGraph.of(graph), arch, scheduler=lambda *_: schedule)
-
-
 @pytest.mark.parametrize("name", ["mars", "small", "tiny"])
 def test_taps_that_are_passed_over_belong_to_the_layer(name, first_seed):
     """Layers are the same with borders cut and without; a mask that hides data is no layer's."""
@@ -202,7 +193,7 @@ def test_taps_that_are_passed_over_belong_to_the_layer(name, first_seed):
     for seed in range(first_seed, first_seed + 40):
         graph = network_of(seed)
         try:
-            region = bordered(graph, MACHINES[name])
+            region = bordered_region(graph, MACHINES[name])
         except mars_runtime.CapacityError:
             continue
         code = list(region.instructions)

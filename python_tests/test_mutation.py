@@ -12,10 +12,7 @@ from mars_runtime import PRESETS, Machine, MarsArch, isa
 from mars_runtime.errors import MarsError
 from mars_runtime.program import Region
 from python_tests.random_graphs import random_inputs
-from python_tests.small_networks import every_kind_of_layer
-from tvm_mars.compiler import NamedGraph, build_region
-from tvm_mars.schedule import Point
-from tvm_mars.tuner.space import Space
+from python_tests.small_networks import bordered_region, every_kind_of_layer
 
 MARS = PRESETS["mars"]
 IMAGES = 3  # so that the codes of every map meet both ends of their range
@@ -105,11 +102,7 @@ class Subject:
     def __init__(self, name: str) -> None:
         graph = every_kind_of_layer()
         self.arch = MACHINES[name]
-        space = Space.of(graph, self.arch)
-        border = "both" if name == CUT else "whole"
-        choices = tuple(attrs.evolve(choice, border=border) for choice in space.default.choices)
-        schedule = space.realize(Point(choices))
-        region = build_region(NamedGraph.of(graph), self.arch, scheduler=lambda *_: schedule)
+        region = bordered_region(graph, self.arch, "both" if name == CUT else "whole")
         self.region = with_sync(region)
         x = random_inputs(graph, 5, images=IMAGES)["x0"]
         self.codes = graph.inputs[0].quantize.apply(x)

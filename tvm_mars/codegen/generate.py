@@ -440,22 +440,10 @@ class _Generator:
         sources: Sequence[_Source],
         part: Part,
     ) -> _Needs:
-        """Give what computing a part of a tile sets and touches."""
+        """Give what computing a part of a tile sets and touches, made once for all loads."""
         key = (self.out.layer, tile, part)
-        found = self.needs.get(key)
-        if found is None:
-            found = self.needs[key] = self._made_needs(step, layer, schedule, tile, sources, part)
-        return found
-
-    def _made_needs(
-        self,
-        step: Step,
-        layer: Conv,
-        schedule: LayerSchedule,
-        tile: Tile,
-        sources: Sequence[_Source],
-        part: Part,
-    ) -> _Needs:
+        if key in self.needs:
+            return self.needs[key]
         ph, pw = step.pooling
         at = part.y * ph, part.x * pw
         rows = (tile[0] * ph + at[0], part.height * ph)
@@ -478,7 +466,9 @@ class _Generator:
         residual = self._residual(step, layer, schedule, tile, sources, at)
         settings.append(self._apw(self._conv_apw(step, layer, target), residual))
         reads = [source.span for source in sources]
-        return _Needs(settings, (y + part.y, x + part.x), reads, writes)
+        found = _Needs(settings, (y + part.y, x + part.x), reads, writes)
+        self.needs[key] = found
+        return found
 
     def _conv(
         self,

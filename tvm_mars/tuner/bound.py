@@ -134,13 +134,13 @@ def _conv_work(graph: Graph, arch: MarsArch, held: PackedConv, step: Step) -> in
         ports.append(np.full_like(macros, pixels * types[layer.residual.input].planes))
     for number, term in enumerate(layer.terms):
         source, kernel, pad = types[term.input], term.kernel, term.padding
-        inside = np.outer(
+        met = np.outer(
             _inside(rows, kernel[0], term.stride[0], term.dilation[0], pad[0], source.height),
             _inside(columns, kernel[1], term.stride[1], term.dilation[1], pad[1], source.width),
         ).reshape(-1)
         accesses = arch.accesses(source.bits)
         taps = (block.taps[block.terms == number] for block in held.blocks)
-        ports.append(np.array([accesses * int(inside[one].sum()) for one in taps]))
+        ports.append(np.array([accesses * int(met[one].sum()) for one in taps]))
     return _busiest(macros, ports)
 
 
