@@ -127,7 +127,9 @@ APW = isa.Apw(cores=1, shift=12, wide=1, high=255, bank=1, blocks=1, height=4, w
 def cost(visits, *, sas=SAS, apw=APW, conv=None, residual=None):
     conv = conv or isa.Conv(cores=1, height=4, width=4)
     config = CoreConfig((sas, None, None, None), apw, residual)
-    return conv_cost(MARS, conv, config, DecodedLoad(tuple(visits), 1, 1))
+    bank = None if conv.partial else conv.partial_bank
+    load = DecodedLoad(tuple(visits), 1, 1)
+    return conv_cost(MARS, conv.height, conv.width, bank, config, load)
 
 
 def visit(taps=(0,), first=True, last=True):

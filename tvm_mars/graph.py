@@ -303,6 +303,9 @@ class Graph:
     outputs: tuple[Output, ...] = attrs.field(converter=tuple[Output, ...])
     types: Mapping[str, MapType] = attrs.field(init=False, eq=False, repr=False)
 
+    def __hash__(self) -> int:
+        return hash(self.outputs)  # arrays have none; graphs that are alike are told apart by value
+
     def __attrs_post_init__(self) -> None:
         types: dict[str, MapType] = {}
         for i, entry in enumerate(self.inputs):

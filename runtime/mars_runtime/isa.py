@@ -148,7 +148,7 @@ class Fill(Instruction):
     weight_bits: int = _bits(1, "width of a weight", names=("w4", "w8"))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Sas(Instruction):
     """Set an input context of the sparsity address search of the masked cores.
 
@@ -184,7 +184,7 @@ class Sas(Instruction):
     skip: int = _bits(1 << _TAP, "mask of taps within the sub-kernel that are passed over")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Apw(Instruction):
     """Set the activation-pooling-write unit of the masked cores; no residual until RESIDUAL.
 
@@ -215,7 +215,7 @@ class Apw(Instruction):
     width: int = _bits(_SIZE, "columns of the output map")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Residual(Instruction):
     """Let the APW of the masked cores add a map's codes, shifted left, to the accumulators."""
 

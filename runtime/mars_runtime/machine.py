@@ -77,6 +77,7 @@ class Machine:
         self.layer_number = self.index = 0
         self.layer = self.layers[0]  # whose instructions run
         self.counters = self.layer.counters
+        self.costs: list[timing.Cost] = []  # of what cores compute in the layer
         self.image_words = -(-region.image_bytes // WORD_BYTES)
         self.memory: ChipMemory | None = None
         if images is not None:
@@ -142,6 +143,7 @@ class Machine:
 
     def _end_layer(self) -> None:
         self.layer.cycles = self.now - self.layer.start
+        self._book_costs()
         if self.layer_number + 1 < len(self.layers):
             self.layer_number += 1
             self.layer = self.layers[self.layer_number]
@@ -324,30 +326,42 @@ class Machine:
     # -- compute -------------------------------------------------------------------------------
 
     def _configure(self, setting: isa.Sas | isa.Apw | isa.Residual, waited: Done) -> Done:
-        latest = 0
+        return self._end_of_setting(self._configured(setting), waited)
+
+    def _configured(self, setting: isa.Sas | isa.Apw | isa.Residual) -> Sequence[int]:
+        """Set registers of cores; give those cores."""
         bare = _without_tokens(setting)  # equal settings share cached costs
-        for number in timing.core_list(setting.cores, self.arch.cores):
+        numbers = timing.core_list(setting.cores, self.arch.cores)
+        for number in numbers:
             core = self.cores[number]
             core.config = timing.configured(core.config, bare)
-            start = self._compute_start(core, waited, ())
-            end = start + self.arch.issue_cycles
-            self.layer.stalls["issue"] += end - start
+        return numbers
+
+    def _end_of_setting(self, numbers: Sequence[int], waited: Done) -> Done:
+        """Give when some cores' registers are set, and book the time."""
+        latest = 0
+        for number in numbers:
+            core = self.cores[number]
+            end = self._compute_start(core, waited, ()) + self.issue_cycles
             core.compute_free = end
-            latest = max(latest, end)
+            if end > latest:
+                latest = end
+        self.layer.stalls["issue"] += len(numbers) * self.issue_cycles
         return latest, "cores"
 
     def _compute_start(self, core: Core, waited: Done, banks: Sequence[int]) -> int:
         """Find when a core can start, and book its waiting."""
-        if self.overlap != "full":
-            waited = max(waited, (core.load_free, "weights"))
-        if self.overlap == "none":
-            waited = max(waited, (core.fetch_free, "weights"))
+        start, free = waited[0], core.compute_free
+        if self.overlap != "full" and core.load_free >= start:
+            start, _ = waited = max(waited, (core.load_free, "weights"))
+        if self.overlap == "none" and core.fetch_free >= start:
+            start, _ = waited = max(waited, (core.fetch_free, "weights"))
         for bank in banks:
-            waited = max(waited, (self.bank_move[bank], "maps"))
-        start, cause = waited
-        if start <= core.compute_free:
-            return core.compute_free
-        self._book_wait(core.compute_free, start, cause)
+            if self.bank_move[bank] >= start:
+                start, _ = waited = max(waited, (self.bank_move[bank], "maps"))
+        if start <= free:
+            return free
+        self._book_wait(free, start, waited[1])
         return start
 
     def _book_wait(self, since: int, until: int, cause: str) -> None:
@@ -372,70 +386,88 @@ class Machine:
             until, number = first, number - 1
 
     def _book(self, number: int, name: str, start: int, end: int, cost: timing.Cost) -> None:
-        core, layer, counters = self.cores[number], self.layer, self.counters
-        core.compute_free = end
-        self.computed[self.layer_number] = max(self.computed[self.layer_number], end)
-        latency = min(
-            end - start - cost.macro_cycles,
-            self.arch.apw_latency_cycles
-            + (self.arch.macro_latency_cycles if cost.group_sets else 0),
-        )
-        layer.macro_cycles += cost.macro_cycles
-        layer.stalls["latency"] += latency
-        layer.stalls["ports"] += end - start - cost.macro_cycles - latency
-        counters.group_sets += cost.group_sets
-        counters.passed_over += cost.passed_over
-        counters.macro_accesses += cost.macro_cycles * self.arch.macros_per_core
-        reads = sum(cost.reads)
-        counters.map_reads += reads
-        counters.map_writes += sum(cost.writes)
-        counters.bank_bits += timing.WORD_BITS * (reads + cost.written_words)
-        counters.core_sram_bits += 8 * (cost.index_bytes + cost.parameter_bytes)
+        self.cores[number].compute_free = end
+        if end > self.computed[self.layer_number]:
+            self.computed[self.layer_number] = end
         if self.trace:
             self._record(f"core {number} compute", name, start, end)
 
+    def _book_costs(self) -> None:
+        """Book what does not depend on time, for all that the layer's cores computed."""
+        layer, counters, cost = self.layer, self.counters, timing.total(self.costs)
+        layer.macro_cycles += cost.macro_cycles
+        layer.stalls["latency"] += cost.latency
+        layer.stalls["ports"] += cost.cycles - cost.macro_cycles - cost.latency
+        reads = sum(cost.reads)
+        counters.group_sets += cost.group_sets
+        counters.passed_over += cost.passed_over
+        counters.macro_accesses += cost.macro_cycles * self.arch.macros_per_core
+        counters.map_reads += reads
+        counters.map_writes += sum(cost.writes)
+        counters.bank_bits += (reads + cost.written_words) * timing.WORD_BITS
+        counters.core_sram_bits += 8 * (cost.index_bytes + cost.parameter_bytes)
+        counters.partial_bits += cost.partial_words * timing.WORD_BITS
+        self.costs.clear()
+
     def _conv(self, conv: isa.Conv, waited: Done) -> Done:
-        numbers = timing.core_list(conv.cores, self.arch.cores)
+        done, spans = self._end_of_conv(*self._conv_costs(conv), waited)
+        if self.memory is not None:
+            for number, (start, end) in spans.items():
+                core = self.cores[number]
+                load = self._load_of(core, conv)
+                ConvTile(self.memory, core, conv, start, end).execute(load)
+        return done
+
+    def _conv_costs(self, conv: isa.Conv) -> tuple[list[tuple[int, timing.Cost]], int]:
+        """Give what CONV costs on each of its cores, whose arrays it closes, or refuse it.
+
+        The second is how long the partial sums of all cores hold the off-chip port.
+        """
         if not conv.height * conv.width:
             raise MachineError("writes no pixel")
-        loads, costs, starts = [], [], []
-        offchip_words = 0
+        place = None if conv.partial == isa.PARTIAL_OFFCHIP else conv.partial_bank
+        costs = []
         splits = False
-        for number in numbers:
+        for number in timing.core_list(conv.cores, self.arch.cores):
             core = self.cores[number]
             core.open = False
             load = self._load_of(core, conv)
-            cost = timing.conv_cost(self.arch, conv, core.config, load)
-            _check_output(core.config)
-            own_waited = waited
             splits = splits or load.splits
-            if cost.partial_words:
-                own_waited = max(waited, (self.dma_free, "maps"))
-            start = self._compute_start(core, own_waited, cost.banks)
-            loads.append(load)
-            costs.append(cost)
-            starts.append(start)
-            offchip_words += cost.partial_words
-            for bank in cost.banks:
-                self.bank_compute[bank] = max(self.bank_compute[bank], start + cost.cycles)
+            cost = _conv_cost(self.arch, conv.height, conv.width, place, core.config, load)
+            costs.append((number, cost))
+            self.costs.append(cost)
         if not splits:
             _refuse_unused(conv, "partial", "partial_bank", "partial_base")
         elif conv.partial == isa.PARTIAL_OFFCHIP:
             _refuse_unused(conv, "partial_bank")
-        transfer = timing.offchip_cycles(self.arch, offchip_words * timing.WORD_BITS)
+        words = sum(cost.partial_words for _, cost in costs)
+        return costs, timing.offchip_cycles(self.arch, words * timing.WORD_BITS)
+
+    def _end_of_conv(
+        self, costs: Sequence[tuple[int, timing.Cost]], transfer: int, waited: Done
+    ) -> tuple[Done, dict[int, tuple[int, int]]]:
+        """Give when a CONV ends, and for each core its start and end, which are booked."""
+        moved = max(waited, (self.dma_free, "maps")) if transfer else waited
         latest = 0
-        for place, number in enumerate(numbers):
-            load, cost, start = loads[place], costs[place], starts[place]
-            # Partial sums of all cores share the off-chip port and hold it to the end.
-            end = start + max(cost.cycles, transfer if cost.partial_words else 0)
+        spans = {}
+        for number, cost in costs:
+            start = self._compute_start(
+                self.cores[number], moved if cost.partial_words else waited, cost.banks
+            )
+            end = start + cost.cycles
+            for bank in cost.banks:
+                if end > self.bank_compute[bank]:
+                    self.bank_compute[bank] = end
             if cost.partial_words:
+                # Those of all cores share the port and hold it to the end.
+                self.layer.stalls["ports"] += max(0, transfer - cost.cycles)
+                end = max(end, start + transfer)
                 self.dma_free = max(self.dma_free, end)
-            self.counters.partial_bits += cost.partial_words * timing.WORD_BITS
             self._book(number, "CONV", start, end, cost)
-            latest = max(latest, end)
-            if self.memory is not None:
-                ConvTile(self.memory, self.cores[number], conv, start, end).execute(load)
-        return latest, "cores"
+            spans[number] = start, end
+            if end > latest:
+                latest = end
+        return (latest, "cores"), spans
 
     def _load_of(self, core: Core, conv: isa.Conv) -> timing.DecodedLoad:
         """Walk the load that a core computes with."""
@@ -475,6 +507,7 @@ class Machine:
                 _refuse_unused(instruction, "multiplier_b")
             for context in contexts:
                 _refuse_unused(core.config.context(context), "shift", "kernel_width", "skip")
+            self.costs.append(cost)
             start = self._compute_start(core, waited, cost.banks)
             end = start + cost.cycles
             for bank in cost.banks:
@@ -541,10 +574,19 @@ def _refuse_unused(setting: isa.Instruction, *names: str) -> None:
             raise MachineError(f"{kind} has {name}={value}, which means nothing here")
 
 
-@functools.lru_cache(maxsize=8192)
-def _check_output(config: timing.CoreConfig) -> None:
-    """Refuse fields of APW that a CONV does not use."""
+@functools.lru_cache(maxsize=32768)
+def _conv_cost(
+    arch: MarsArch,
+    height: int,
+    width: int,
+    partial_bank: int | None,
+    config: timing.CoreConfig,
+    load: timing.DecodedLoad,
+) -> timing.Cost:
+    """Give the cost of CONV on a core, or refuse fields of APW that a CONV does not use."""
+    cost = timing.conv_cost(arch, height, width, partial_bank, config, load)
     _refuse_unused(config.output, *_UNUSED_BY_MODE[config.output.mode])
+    return cost
 
 
 def _check_span(move: isa.Move, base: int, plane: int, pitch: int, size: int, where: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import attrs
 
@@ -20,9 +21,12 @@ from .machine import AT_ONCE, INSTRUCTION_BITS, Done, Machine
 from .memory import Core
 from .program import LayerInfo, Region
 from .timeline import Timeline
-from .timing import DecodedLoad
+from .timing import CoreConfig, DecodedLoad
 
-__all__ = ["Queue", "Stopwatch", "Transfers"]
+__all__ = ["Computes", "Loads", "Queue", "Run", "Stopwatch", "Transfers"]
+
+#: By core what it holds, None if nothing.
+Loads: TypeAlias = tuple[DecodedLoad | None, ...]
 
 
 @attrs.frozen(eq=False)
@@ -33,6 +37,22 @@ class Transfers:
 
     def __len__(self) -> int:
         return len(self.instructions)
+
+
+@attrs.frozen(eq=False)
+class Computes:
+    """SASs, APWs, RESIDUALs and CONVs in a row, which many schedules share.
+
+    Their costs are found once for an architecture, loads and registers before.
+    """
+
+    instructions: tuple[isa.Instruction, ...]
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+
+Run: TypeAlias = Transfers | Computes
 
 
 @attrs.frozen
@@ -48,16 +68,16 @@ class Queue:
     stops : list of int
         For each layer the end of its instructions.
     loads : dict
-        For each CONV, by its place, what each core holds.
-    transfers : dict
+        By the place of each CONV, and of the settings in a row with it, what each core holds.
+    runs : dict
         By the place of the first instruction, those of a layer that are in a row.
     """
 
     instructions: list[isa.Instruction]
     waits: list[tuple[int, ...]]
     stops: list[int]
-    loads: dict[int, Mapping[int, DecodedLoad]]
-    transfers: dict[int, Transfers]
+    loads: dict[int, Loads]
+    runs: dict[int, Run]
 
 
 class Stopwatch(Machine):
@@ -79,7 +99,7 @@ class Stopwatch(Machine):
         self, arch: MarsArch, layers: Sequence[LayerInfo], image_bytes: int, offchip_words: int
     ) -> None:
         super().__init__(Region((), (), tuple(layers), b"", b"", image_bytes, offchip_words), arch)
-        self.loads: Mapping[int, Mapping[int, DecodedLoad]] = {}
+        self.loads: Mapping[int, Loads] = {}
 
     def time(self, queue: Queue) -> Timeline:
         """Give the timeline of instructions.
@@ -97,12 +117,15 @@ class Stopwatch(Machine):
             if number:
                 self._end_layer()
             while start < stop:
-                transfers = queue.transfers.get(start)
-                if transfers is not None:
-                    self._transfer(transfers, waits[start : start + len(transfers)], done)
-                    start += len(transfers)
-                    continue
                 self.index = start
+                run = queue.runs.get(start)
+                if run is not None:
+                    start += len(run)
+                    if isinstance(run, Transfers):
+                        self._transfer(run, waits[self.index : start], done)
+                    else:
+                        self._compute(run, waits[self.index : start], done)
+                    continue
                 waited = AT_ONCE
                 for back in waits[start]:
                     if done[-back] > waited:
@@ -162,8 +185,51 @@ class Stopwatch(Machine):
                 macro_bits += cost.macro_bits
         return _Costs(steps, filled, source_end, fetched, sram_bits, macro_bits)
 
+    def _compute(
+        self, computes: Computes, waits: Sequence[tuple[int, ...]], done: list[Done]
+    ) -> None:
+        """Do what executing each of some settings and CONVs does."""
+        before = tuple([core.config for core in self.cores])
+        found = _lookup(self.arch, computes, self.loads[self.index], before)
+        self.counters.instruction_bits += INSTRUCTION_BITS * len(computes)
+        self.costs.append(found.cost)
+        for (numbers, costs, transfer), backs in zip(found.steps, waits, strict=True):
+            self.issued += self.issue_cycles
+            waited = (self.issued, "issue")
+            for back in backs:
+                if done[-back] > waited:
+                    waited = done[-back]
+            if costs:
+                end, _ = self._end_of_conv(costs, transfer, waited)
+            else:
+                end = self._end_of_setting(numbers, waited)
+            if end[0] > self.now:
+                self.now = end[0]
+            done.append(end)
+        for core, config in zip(self.cores, found.configs, strict=True):
+            core.config = config
+        for number in found.closed:
+            self.cores[number].open = False
+
+    def _lookup(self, computes: Computes, loads: Loads, configs: Sequence[CoreConfig]) -> _Lookup:
+        for core, config in zip(self.cores, configs, strict=True):
+            core.config, core.open = config, True
+        self.loads = {self.index: loads}
+        steps: list[_Step] = []
+        for instruction in computes.instructions:
+            if isinstance(instruction, isa.Conv):
+                steps.append(((), *self._conv_costs(instruction)))
+            else:
+                assert isinstance(instruction, (isa.Sas, isa.Apw, isa.Residual))
+                steps.append((self._configured(instruction), (), 0))
+        closed = [core.number for core in self.cores if not core.open]
+        configs_after = [core.config for core in self.cores]
+        return _Lookup(steps, timing.total(self.costs), configs_after, closed)
+
     def _load_of(self, core: Core, conv: isa.Conv) -> DecodedLoad:
-        return self.loads[self.index][core.number]
+        load = self.loads[self.index][core.number]
+        assert load is not None
+        return load
 
 
 @attrs.frozen
@@ -186,6 +252,40 @@ class _Costs:
     fetched_bits: int
     core_sram_bits: int
     macro_write_bits: int
+
+
+_Step: TypeAlias = tuple[Sequence[int], Sequence[tuple[int, timing.Cost]], int]
+
+
+@attrs.frozen
+class _Lookup:
+    """What settings and CONVs in a row take, and leave.
+
+    Parameters
+    ----------
+    steps : list of (sequence of int, sequence of (int, Cost), int)
+        For each a setting's cores, or a CONV's cores with what it costs there and the cycles for
+        which its partial sums hold the off-chip port.
+    cost : Cost
+        The sum of all.
+    configs : list of CoreConfig
+        The cores' registers in the end.
+    closed : list of int
+        Cores that have computed.
+    """
+
+    steps: list[_Step]
+    cost: timing.Cost
+    configs: list[CoreConfig]
+    closed: list[int]
+
+
+@functools.lru_cache(maxsize=8192)
+def _lookup(
+    arch: MarsArch, computes: Computes, loads: Loads, configs: tuple[CoreConfig, ...]
+) -> _Lookup:
+    """Give what settings and CONVs take on an architecture, or refuse them."""
+    return Stopwatch(arch, (), 0, 0)._lookup(computes, loads, configs)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -37,6 +37,7 @@ __all__ = [
     "offchip_cycles",
     "pool_cost",
     "taps_inside",
+    "total",
 ]
 
 WORD_BITS = 8 * WORD_BYTES
@@ -202,12 +203,14 @@ def _codes(index: bytes, at: int, segment: isa.Segment) -> tuple[tuple[int, ...]
 class Cost:
     """What one core spends on one instruction.
 
-    ``cycles`` with the latency at the end; ``macro_cycles`` of them the macros are busy;
+    ``cycles`` end in ``latency``, the drain of the pipeline; for ``macro_cycles`` of them the
+    macros are busy, for the rest the ports alone;
     ``reads``, ``writes`` are port accesses per bank, ``written_words`` what the latter carried;
     ``partial_words`` travel off-chip; ``banks`` are those that are in use, with or without access.
     """
 
     cycles: int
+    latency: int
     macro_cycles: int = 0
     group_sets: int = 0  # group-set times pixel, so that one is 256 MACs
     passed_over: int = 0  # the same of those that SAS passes over
@@ -218,6 +221,23 @@ class Cost:
     index_bytes: int = 0
     parameter_bytes: int = 0
     banks: tuple[int, ...] = ()
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Give the sums of costs, without banks in use."""
+    return Cost(
+        sum([cost.cycles for cost in costs]),
+        sum([cost.latency for cost in costs]),
+        sum([cost.macro_cycles for cost in costs]),
+        sum([cost.group_sets for cost in costs]),
+        sum([cost.passed_over for cost in costs]),
+        (sum([cost.reads[0] for cost in costs]), sum([cost.reads[1] for cost in costs])),
+        (sum([cost.writes[0] for cost in costs]), sum([cost.writes[1] for cost in costs])),
+        sum([cost.written_words for cost in costs]),
+        sum([cost.partial_words for cost in costs]),
+        sum([cost.index_bytes for cost in costs]),
+        sum([cost.parameter_bytes for cost in costs]),
+    )
 
 
 @functools.lru_cache(maxsize=65536)
@@ -256,14 +276,7 @@ def met(sas: isa.Sas, segment: LoadedSegment) -> Sequence[int]:
     ]
 
 
-def conv_cost(arch: MarsArch, conv: isa.Conv, config: CoreConfig, load: DecodedLoad) -> Cost:
-    """Give the cost of CONV on one core, without other cores' share of the off-chip port."""
-    place = None if conv.partial == isa.PARTIAL_OFFCHIP else conv.partial_bank
-    return _conv_cost(arch, conv.height, conv.width, place, config, load)
-
-
-@functools.lru_cache(maxsize=32768)
-def _conv_cost(
+def conv_cost(
     arch: MarsArch,
     tile_height: int,
     tile_width: int,
@@ -271,7 +284,10 @@ def _conv_cost(
     config: CoreConfig,
     load: DecodedLoad,
 ) -> Cost:
-    """Give what :func:`conv_cost` does; partial sums travel off-chip where they have no bank."""
+    """Give the cost of CONV on one core, without other cores' share of the off-chip port.
+
+    Partial sums travel off-chip where they have no bank.
+    """
     apw = config.output
     windows = tile_height * tile_width
     height, width = tile_height * apw.pool_height, tile_width * apw.pool_width
@@ -318,6 +334,7 @@ def _conv_cost(
         banks.add(partial_bank)
     return Cost(
         cycles + arch.macro_latency_cycles + arch.apw_latency_cycles,
+        arch.apw_latency_cycles + (arch.macro_latency_cycles if walked else 0),
         macro_cycles,
         walked * pixels,
         passed_over * pixels,
@@ -348,6 +365,7 @@ def _apw_cost(
     apw = config.output
     return Cost(
         cycles,
+        arch.apw_latency_cycles,
         reads=(reads[0], reads[1]),
         writes=(writes[0], writes[1]),
         written_words=writes[apw.bank] * (1 + apw.wide),

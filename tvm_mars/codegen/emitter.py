@@ -11,10 +11,18 @@ import attrs
 import numpy as np
 
 from mars_runtime import isa
-from mars_runtime.stopwatch import Queue, Transfers
-from mars_runtime.timing import DecodedLoad
+from mars_runtime.stopwatch import Computes, Loads, Queue, Run, Transfers
 
-__all__ = ["CONTROLLER", "DMA", "Emitter", "Lanes", "Run", "Span", "compute_lanes", "load_lanes"]
+__all__ = [
+    "CONTROLLER",
+    "DMA",
+    "Emitter",
+    "Lanes",
+    "Span",
+    "TransferRun",
+    "compute_lanes",
+    "load_lanes",
+]
 
 #: The queues of an instruction's units, a bit for each: the controller's, that of the DMA, of the
 #: cores' load units and of their compute units.
@@ -48,7 +56,7 @@ _NOTHING: Mapping[Lanes, int] = {}
 
 
 @attrs.frozen
-class Run:
+class TransferRun:
     """FETCHes and FILLs in a row, with what they wait for among themselves."""
 
     transfers: Transfers
@@ -66,10 +74,12 @@ class Emitter:
         self.instructions: list[isa.Instruction] = []
         self.starts = [0]  # by layer, its first instruction
         self.waits: list[tuple[int, ...]] = []  # how far back those are that each waits for
-        self.loads: dict[int, Mapping[int, DecodedLoad]] = {}  # by CONV
-        self.transfers: dict[int, Transfers] = {}  # by the first of a run
+        self.loads: dict[int, Loads] = {}  # by CONV
+        self.runs: dict[int, Run] = {}  # by their first
         # By instruction of a compute unit and lanes, the last that must be done.
         self._follows: dict[int, Mapping[Lanes, int]] = {}
+        # By the first of those that do the same on the same lanes, the last.
+        self._last: dict[int, int] = {}
         self._reads: defaultdict[object, _Accesses] = defaultdict(dict)
         self._writes: defaultdict[object, _Accesses] = defaultdict(dict)
         # By lanes, for each of them: lanes of another unit, and the last instruction there that
@@ -94,9 +104,42 @@ class Emitter:
         reads: Sequence[Span] = (),
         writes: Sequence[Span] = (),
         shared: Sequence[Span] = (),
-        loads: Mapping[int, DecodedLoad] | None = None,
     ) -> int:
         """Append an instruction that runs on some lanes and touches some memory; give its number.
+
+        The parameters are those of :meth:`follow`.
+        """
+        index = len(self.instructions)
+        self.instructions.append(instruction)
+        self.waits.append(())
+        self.follow(index, lanes, after, reads, writes, shared)
+        return index
+
+    def row(self, computes: Computes, loads: Loads | None) -> int:
+        """Append settings and CONVs; give the number of the first.
+
+        What the CONVs touch is still to be told, in their order (:meth:`follow`); ``loads`` are
+        what the cores hold, for their time.
+        """
+        first = len(self.instructions)
+        self.instructions += computes.instructions
+        self.waits += [()] * len(computes)
+        if loads is not None:
+            self.loads |= dict.fromkeys(range(first, len(self.instructions)), loads)
+            self.runs[first] = computes
+        return first
+
+    def follow(
+        self,
+        index: int,
+        lanes: Lanes,
+        after: Mapping[Lanes, int] = _NOTHING,
+        reads: Sequence[Span] = (),
+        writes: Sequence[Span] = (),
+        shared: Sequence[Span] = (),
+        last: int | None = None,
+    ) -> None:
+        """Let an instruction wait for what must be done before it, and others for it.
 
         Within a layer each core writes words of its own and reads none that another writes, so that
         cores do not wait for each other there, but for ``shared`` memory that is written.
@@ -106,27 +149,27 @@ class Emitter:
         after : mapping of lanes to int
             By lanes, the last instruction that must be done, for other reasons than the memory
             that is named here.
-        loads : mapping, optional
-            What each core holds, for the time of CONV.
+        last : int, optional
+            The last of a row of instructions that do the same on the same lanes: they touch the
+            same and follow the same, as does what computes between them, so that they wait for
+            nothing more.
         """
-        index = len(self.instructions)
-        self.instructions.append(instruction)
-        if loads is not None:
-            self.loads[index] = loads
         if reads or writes or shared:
             follows = self._touch(lanes, index, reads, writes, shared)
             if lanes >= _LEAST_COMPUTE:
                 self._follows[index] = follows
+            if last is not None:
+                self._last[index] = last
             after = _latest(follows, after) if after else follows
-        self.waits.append(self._waits(after, lanes, index) if after else ())
-        return index
+        if after:
+            self.waits[index] = self._waits(after, lanes, index)
 
-    def run(self) -> Run:
+    def run(self) -> TransferRun:
         """Give what was emitted, all of it without memory."""
         waited = {lanes: known[0] for lanes, known in self._waited.items() if len(known) == 1}
-        return Run(Transfers(tuple(self.instructions)), tuple(self.waits), waited)
+        return TransferRun(Transfers(tuple(self.instructions)), tuple(self.waits), waited)
 
-    def append(self, run: Run, after: Iterable[tuple[int, Lanes, Lanes, int]] = ()) -> int:
+    def append(self, run: TransferRun, after: Iterable[tuple[int, Lanes, Lanes, int]] = ()) -> int:
         """Append a run; give the number of its first instruction.
 
         Parameters
@@ -137,7 +180,7 @@ class Emitter:
         """
         first = len(self.instructions)
         if run.transfers.instructions:
-            self.transfers[first] = run.transfers
+            self.runs[first] = run.transfers
         self.instructions += run.transfers.instructions
         self.waits += run.waits
         for place, lane, other, earlier in after:
@@ -207,8 +250,10 @@ class Emitter:
                             follows[before] = last
                     if other != lanes:
                         continue  # nothing waited for that
-                elif follows.get(other, -1) < earlier:
-                    follows[other] = earlier
+                else:
+                    last = self._last.get(earlier, earlier)
+                    if follows.get(other, -1) < last:
+                        follows[other] = last
                 if hides and first <= low and high <= end:
                     hidden.append((low, high))
             for span in hidden:
@@ -248,7 +293,7 @@ class Emitter:
         stops = [*self.starts[1:], len(self.instructions)]
         last = _last_waiters(self.waits)
         if _most_held(last, len(self.waits)) <= isa.TOKENS:
-            return Queue(self.instructions, self.waits, stops, self.loads, self.transfers)
+            return Queue(self.instructions, self.waits, stops, self.loads, self.runs)
         return self._with_syncs(last, stops)
 
     def _with_syncs(self, last: Mapping[int, int], stops: Sequence[int]) -> Queue:
@@ -298,7 +343,7 @@ class Emitter:
             {index + bisect(before, index): loads for index, loads in self.loads.items()},
             {
                 index + bisect(before, index): run
-                for index, run in self.transfers.items()
+                for index, run in self.runs.items()
                 if bisect(before, index) == bisect_left(before, index + len(run))
             },
         )

@@ -2,66 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
-
-import attrs
+from collections.abc import Mapping, Sequence
 
 from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import RAW_BITS, WORD_BYTES, MapType
 from mars_runtime.program import InputPort, LayerInfo, OutputPort, Region
-from mars_runtime.stopwatch import Stopwatch
+from mars_runtime.stopwatch import Loads, Stopwatch
 from mars_runtime.timeline import Timeline
-from mars_runtime.timing import RAW_WORDS, DecodedLoad
+from mars_runtime.timing import RAW_WORDS
 
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
 from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
-from ..schedule.border import skipped_taps
 from ..schedule.plan import Window, input_windows
-from ..schedule.types import Part
+from ..schedule.types import Share
+from .computing import (
+    APW,
+    ConvWork,
+    Group,
+    Settings,
+    Source,
+    Sums,
+    conv_work,
+    mask,
+    nothing_held,
+    sas,
+    set_register,
+    target_fields,
+    tile_code,
+    tile_sources,
+    without_loads,
+)
 from .emitter import CONTROLLER, DMA, Emitter, Span, compute_lanes
 from .image import Content, Image, LoadImage, decoded_load
 from .loading import Loader, Tile, Turn, turns
 
 __all__ = ["generate", "time_schedule"]
-
-
-# A register's setting without its cores: instruction and fields.
-_Setting: TypeAlias = tuple[type[isa.Sas] | type[isa.Apw] | type[isa.Residual], dict[str, int]]
-
-
-@attrs.frozen
-class _Source:
-    """Where a tile's input lies in a bank: the map or the staged part of it."""
-
-    place: Place
-    type: MapType
-    block: int
-    blocks: int
-    height: int
-    width: int
-    origin: tuple[int, int]
-
-    @property
-    def span(self) -> Span:
-        """Words that it occupies."""
-        size = self.type.planes * self.blocks * self.height * self.width
-        return (("bank", self.place.bank), self.place.base, self.place.base + size)
-
-
-@attrs.frozen
-class _Needs:
-    """What computing a part of a convolution's tile sets and touches, whatever the load."""
-
-    settings: list[tuple[object, list[_Setting]]]  # by register
-    position: tuple[int, int]  # in the written map
-    reads: list[Span]
-    writes: Span
 
 
 class _Generator:
@@ -87,11 +66,9 @@ class _Generator:
         self.loader = Loader(arch, packed, self.turns, self.loads, self.image.table_bytes, self.out)
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
-        self.settings: dict[tuple[int, object], Sequence[_Setting]] = {}  # by core and register
+        self.held = nothing_held(arch.cores)
         self.staged: dict[Place, tuple[str, Window]] = {}
-        # By layer and tile; and part of it. Every load meets them again.
-        self.windows: dict[tuple[int, Tile], tuple[Window, ...]] = {}
-        self.needs: dict[tuple[int, Tile, Part], _Needs] = {}
+        self.works: dict[tuple[int, Tile], ConvWork] = {}  # by layer and tile
         self.partial_base = 0
 
     def emit(self) -> None:
@@ -268,123 +245,32 @@ class _Generator:
             return self._allot(self._partial_words(turn.step, schedule) * count)
         return 0
 
-    def _sources(
+    def _stage(
         self,
         step: Step,
         schedule: LayerSchedule,
-        tile: tuple[int, int, int, int],
-        block: int,
-        blocks: int | None,
-    ) -> list[_Source]:
-        """Move a tile's staged inputs in, and say where each input lies."""
-        sources = []
-        windows = self.windows.get((self.out.layer, tile))
-        if windows is None:
-            windows = input_windows(step, self.types, tile)
-            self.windows[self.out.layer, tile] = windows
-        for name, window, place, staged in zip(
-            step.layer.inputs, windows, schedule.inputs, schedule.staged, strict=True
+        windows: Sequence[Window],
+        sources: Sequence[Source],
+        anew: bool = False,
+    ) -> None:
+        """Move a tile's staged inputs in; ``anew`` even those that lie there."""
+        for name, window, source, staged in zip(
+            step.layer.inputs, windows, sources, schedule.staged, strict=True
         ):
-            kind = self.types[name]
             if not staged:
-                origin = (window.origin[0] + window.y, window.origin[1] + window.x)
-                sources.append(
-                    _Source(place, kind, 0, kind.blocks, kind.height, kind.width, origin)
-                )
                 continue
-            count = kind.blocks if blocks is None else blocks
+            place = source.place
             # A residual in the output's place is overwritten; anything else may still lie there.
             shared = schedule.output_staged and place == schedule.place
-            if shared or self.staged.get(place) != (name, window) or blocks is not None:
-                self._move(isa.MOVE_IN, name, window, place, block, count)
+            if shared or anew or self.staged.get(place) != (name, window):
+                self._move(isa.MOVE_IN, name, window, place, source.block, source.blocks)
                 self.staged[place] = (name, window)
-            sources.append(
-                _Source(place, kind, block, count, window.height, window.width, window.origin)
-            )
-        return sources
 
-    def _set(
-        self,
-        cores: Sequence[int],
-        register: object,
-        settings: Sequence[_Setting],
-    ) -> None:
+    def _set(self, cores: Sequence[int], register: int, settings: Settings) -> None:
         """Emit the settings of a register for the cores that do not have them already."""
-        changed = [core for core in cores if self.settings.get((core, register)) != settings]
-        if not changed:
-            return
-        kept = min(_kept(self.settings.get((core, register), ()), settings) for core in changed)
-        for core in changed:
-            self.settings[core, register] = settings
-        mask = _mask(changed)
-        for kind, fields in settings[kept:]:
-            self.out.emit(kind(cores=mask, **fields), compute_lanes(mask))
-
-    def _sas(
-        self,
-        context: int,
-        source: _Source,
-        at: tuple[int, int] = (0, 0),
-        stride: tuple[int, int] = (1, 1),
-        dilation: tuple[int, int] = (1, 1),
-        kernel_width: int = 1,
-        shift: int = 0,
-        skip: int = 0,
-    ) -> tuple[object, list[_Setting]]:
-        """Give an input context for a part of a tile, from the pixel ``at`` on."""
-        fields = {
-            "context": context,
-            "bank": source.place.bank,
-            "base": source.place.base,
-            "block": source.block,
-            "blocks": source.blocks,
-            "height": source.height,
-            "width": source.width,
-            "wide": int(source.type.bits == 8),
-            "zero": source.type.zero_point,
-            "shift": shift,
-            "stride_y": stride[0],
-            "stride_x": stride[1],
-            "dilation_y": dilation[0],
-            "dilation_x": dilation[1],
-            "origin_y": source.origin[0] + at[0] * stride[0],
-            "origin_x": source.origin[1] + at[1] * stride[1],
-            "kernel_width": kernel_width,
-            "skip": skip,
-        }
-        return context, [(isa.Sas, fields)]
-
-    def _apw(
-        self, fields: dict[str, int], residual: dict[str, int] | None = None
-    ) -> tuple[object, list[_Setting]]:
-        """Give the APW with its residual; an APW setting clears the residual."""
-        settings: list[_Setting] = [(isa.Apw, fields)]
-        if residual is not None:
-            settings.append((isa.Residual, residual))
-        return "apw", settings
-
-    def _target(
-        self, step: Step, schedule: LayerSchedule, tile: Sequence[int], block: int, blocks: int
-    ) -> tuple[dict[str, int], tuple[int, int], Span]:
-        """Give the output's place as APW fields, the tile's position in it, and its words."""
-        kind = self.types[step.output]
-        if schedule.output_staged:
-            height, width, at = tile[2], tile[3], (0, 0)
-        else:
-            height, width, at = kind.height, kind.width, (tile[0], tile[1])
-            block, blocks = 0, kind.blocks
-        place = schedule.place
-        size = kind.planes * blocks * height * width
-        fields = {
-            "bank": place.bank,
-            "base": place.base,
-            "block": block,
-            "blocks": blocks,
-            "height": height,
-            "width": width,
-            "wide": int(kind.bits == 8),
-        }
-        return fields, at, (("bank", place.bank), place.base, place.base + size)
+        self.held, instructions = set_register(self.held, cores, register, settings)
+        for instruction in instructions:
+            self.out.emit(instruction, compute_lanes(instruction.cores))
 
     # -- convolution -----------------------------------------------------------------------------
 
@@ -402,124 +288,59 @@ class _Generator:
         tile: tuple[int, int, int, int],
     ) -> None:
         load = self._load(turn)
-        sources = self._sources(step, schedule, tile, 0, None)
+        work = self._work(schedule, tile)
+        self._stage(step, schedule, work.windows, work.sources)
         self.loader.ahead(turn)  # behind the maps that this turn waits for
         partial_base = self.partial_base
         if schedule.partial == "offchip":
             partial_base += place * self._partial_words(step, schedule)
-        words = RAW_WORDS * math.prod(step.pooling)  # of a written pixel's partial sums
-        shares = list(schedule.shares(tile, self.arch.cores))
-        chained = schedule.chained
-        for share in shares:
-            cores = [core for core in share.cores if load.cores[core]]
-            if not cores:
-                continue
-            # All cores of a chain pass their sums on in one place, that of the last core.
-            region, held = (
-                (self.arch.cores - 1, 1) if chained else (share.cores[0], len(share.cores))
+        sums = Sums(
+            int(schedule.partial == "offchip"),
+            schedule.partial_place.bank if schedule.partial_place else 0,
+            partial_base,
+            RAW_WORDS * math.prod(step.pooling),
+            schedule.chained,
+        )
+        loaded = self.loader.loaded[turn]
+        groups = tuple([_groups(schedule, load, share) for share, _ in work.shares])
+        code = tile_code(work, loaded.tables, groups, sums, self.held)
+        self.held = code.held
+        self.loader.computes([core for its in groups for group in its for core in group.cores])
+        decoded: Loads | None = None
+        if self.image.content == "sizes":
+            decoded = decoded_load(self.packed[step.layer.name], load)
+        start = self.out.row(code.computes, decoded)
+        memory = "offchip" if sums.partial else ("bank", sums.bank)
+        span: Span = (memory, partial_base, partial_base + self._partial_words(step, schedule))
+        shared = bool(load.cut_cores) and not self._alike(schedule, self.types[step.output])
+        # Without shared sums each CONV touches what the first of its cores does, unless a sum is
+        # cut on some cores alone.
+        repeats = not shared and len(load.cut_cores) in (0, len(load.active))
+        for first, last, group in code.by_group if repeats else code.convs:
+            lanes = compute_lanes(mask(group.cores))
+            cut = [span] if group.splits else []
+            self.out.follow(
+                start + first,
+                lanes,
+                loaded.before(group.cores),
+                work.reads,
+                [work.writes] if shared else [work.writes, *cut],
+                cut if shared else (),
+                start + last,
             )
-            before = shares[0].height * tile[3] * region
-            for part in schedule.parts(tile, share):
-                needs = self._part_needs(step, layer, schedule, tile, sources, part)
-                for register, settings in needs.settings:
-                    self._set(cores, register, settings)
-                for group in [[core] for core in cores] if schedule.apart or chained else [cores]:
-                    lower = part.pixels * (group[0] if chained else share.cores[0])
-                    offset = words * (before - lower)
-                    self._conv(step, schedule, turn, part, needs, (partial_base, offset), group)
-                before += part.pixels * held
+            loaded.readers[lanes] = start + last
         if schedule.output_staged:
             self._move_finished(step, schedule, tile, load)
 
-    def _part_needs(
-        self,
-        step: Step,
-        layer: Conv,
-        schedule: LayerSchedule,
-        tile: Tile,
-        sources: Sequence[_Source],
-        part: Part,
-    ) -> _Needs:
-        """Give what computing a part of a tile sets and touches, made once for all loads."""
-        key = (self.out.layer, tile, part)
-        if key in self.needs:
-            return self.needs[key]
-        ph, pw = step.pooling
-        at = part.y * ph, part.x * pw
-        rows = (tile[0] * ph + at[0], part.height * ph)
-        columns = (tile[1] * pw + at[1], part.width * pw)
-        settings = [
-            self._sas(
-                context,
-                source,
-                at,
-                term.stride,
-                term.dilation,
-                term.kernel[1],
-                term.shift,
-                skipped_taps(self.arch, term, source.type, rows, columns),
+    def _work(self, schedule: LayerSchedule, tile: Tile) -> ConvWork:
+        """Give what computing a tile needs, which every load meets again."""
+        key = self.out.layer, tile
+        found = self.works.get(key)
+        if found is None:
+            found = self.works[key] = conv_work(
+                self.graph, self.arch, without_loads(schedule), tile
             )
-            for context, (term, source) in enumerate(zip(layer.terms, sources, strict=False))
-        ]
-        blocks = self.types[step.output].blocks
-        target, (y, x), writes = self._target(step, schedule, tile, 0, blocks)
-        residual = self._residual(step, layer, schedule, tile, sources, at)
-        settings.append(self._apw(self._conv_apw(step, layer, target), residual))
-        reads = [source.span for source in sources]
-        found = _Needs(settings, (y + part.y, x + part.x), reads, writes)
-        self.needs[key] = found
         return found
-
-    def _conv(
-        self,
-        step: Step,
-        schedule: LayerSchedule,
-        turn: int,
-        part: Part,
-        needs: _Needs,
-        partial_at: tuple[int, int],
-        cores: Sequence[int],
-    ) -> None:
-        """Emit what some cores compute of a tile, whose partial sums begin at a base and offset."""
-        loaded, load = self.loader.loaded[turn], self._load(turn)
-        splits = not load.cut_cores.isdisjoint(cores)
-        bank = schedule.partial_place.bank if splits and schedule.partial_place else 0
-        writes: list[Span] = [needs.writes]
-        shared: list[Span] = []
-        if splits:
-            memory = "offchip" if schedule.partial == "offchip" else ("bank", bank)
-            words = self._partial_words(step, schedule)
-            span: Span = (memory, partial_at[0], partial_at[0] + words)
-            (writes if self._alike(schedule, self.types[step.output]) else shared).append(span)
-        mask = _mask(cores)
-        self.loader.computes(cores)
-        decoded: Mapping[int, DecodedLoad] | None = None
-        if self.image.content == "sizes":
-            decoded = decoded_load(self.packed[step.layer.name], load)
-        y, x = needs.position
-        lanes = compute_lanes(mask)
-        loaded.readers[lanes] = self.out.emit(
-            isa.Conv(
-                cores=mask,
-                descriptor=loaded.index,
-                codes=loaded.index + loaded.image.parts.descriptor_bytes,
-                parameters=loaded.parameters,
-                slot=loaded.slot,
-                y=y,
-                x=x,
-                height=part.height,
-                width=part.width,
-                partial=int(splits and schedule.partial == "offchip"),
-                partial_bank=bank,
-                partial_base=sum(partial_at) if splits else 0,
-            ),
-            lanes,
-            loaded.before(cores),
-            needs.reads,
-            writes,
-            shared,
-            decoded,
-        )
 
     @staticmethod
     def _alike(schedule: LayerSchedule, kind: MapType) -> bool:
@@ -554,49 +375,6 @@ class _Generator:
         for first, count in _runs(finished):
             self._move(isa.MOVE_OUT, step.output, window, schedule.place, first, count, kind.blocks)
 
-    def _conv_apw(self, step: Step, layer: Conv, target: Mapping[str, int]) -> dict[str, int]:
-        requant = layer.requant
-        ph, pw = step.pooling
-        if requant is None:
-            return {"mode": isa.MODE_RAW, **target}
-        native = requant.native
-        return {
-            "mode": isa.MODE_SHIFT if native else isa.MODE_MULTIPLIER,
-            "shift": int(requant.shift[0]) if native else 0,
-            "zero": requant.zero_point,
-            "low": requant.low,
-            "high": requant.high,
-            "pool_height": ph,
-            "pool_width": pw,
-            **target,
-        }
-
-    def _residual(
-        self,
-        step: Step,
-        layer: Conv,
-        schedule: LayerSchedule,
-        tile: Sequence[int],
-        sources: Sequence[_Source],
-        at: tuple[int, int],
-    ) -> dict[str, int] | None:
-        if layer.residual is None:
-            return None
-        source = sources[-1]
-        staged = schedule.staged[-1]
-        ph, pw = step.pooling
-        return {
-            "bank": source.place.bank,
-            "base": source.place.base,
-            "blocks": source.blocks,
-            "height": source.height,
-            "width": source.width,
-            "wide": int(source.type.bits == 8),
-            "shift": layer.residual.shift,
-            "y": at[0] + (0 if staged else tile[0] * ph),
-            "x": at[1] + (0 if staged else tile[1] * pw),
-        }
-
     # -- pools and additions ---------------------------------------------------------------------
 
     def _apw_layer(self, step: Step, layer: Pool | Add, schedule: LayerSchedule) -> None:
@@ -615,12 +393,14 @@ class _Generator:
         block: int,
         blocks: int,
     ) -> None:
-        sources = self._sources(step, schedule, tile, block, blocks)
+        windows = input_windows(step, self.types, tile)
+        sources = tile_sources(step, schedule, self.types, windows, block, blocks)
+        self._stage(step, schedule, windows, sources, anew=True)
         cores = tuple(range(min(self.arch.cores, blocks)))
         for context, source in enumerate(sources):
             stride = layer.stride if isinstance(layer, Pool) else (1, 1)
-            self._set(cores, *self._sas(context, source, stride=stride))
-        target, (y, x), out_span = self._target(step, schedule, tile, block, blocks)
+            self._set(cores, context, (sas(context, source, stride=stride),))
+        target, (y, x), out_span = target_fields(step, schedule, self.types, tile, block, blocks)
         requant = layer.requant
         fields = dict(target)
         if requant is not None:
@@ -630,10 +410,10 @@ class _Generator:
                 "low": requant.low,
                 "high": requant.high,
             }
-        self._set(cores, *self._apw(fields))
-        mask = _mask(cores)
+        self._set(cores, APW, (isa.Apw(**fields),))
+        core_mask = mask(cores)
         shape = {
-            "cores": mask,
+            "cores": core_mask,
             "block": block,
             "blocks": blocks,
             "y": y,
@@ -663,7 +443,7 @@ class _Generator:
             )
         self.out.emit(
             instruction,
-            compute_lanes(mask),
+            compute_lanes(core_mask),
             reads=[source.span for source in sources],
             writes=[out_span],
         )
@@ -672,16 +452,12 @@ class _Generator:
             self._move(isa.MOVE_OUT, step.output, window, schedule.place, block, blocks)
 
 
-def _mask(cores: Iterable[int]) -> int:
-    return sum(1 << core for core in cores)
-
-
-def _kept(before: Sequence[_Setting], settings: Sequence[_Setting]) -> int:
-    """Give how many settings of a register stand as they are, the later ones set anew or added."""
-    if len(before) > len(settings):
-        return 0  # what was added is cleared by the first
-    pairs = zip(before, settings, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _groups(schedule: LayerSchedule, load: Load, share: Share) -> tuple[Group, ...]:
+    """Give which cores compute a share of a tile with one CONV."""
+    cores = tuple([core for core in share.cores if load.cores[core]])
+    apart = schedule.apart or schedule.chained
+    each = [(core,) for core in cores] if apart else [cores] if cores else []
+    return tuple([Group(one, not load.cut_cores.isdisjoint(one)) for one in each])
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

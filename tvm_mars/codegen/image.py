@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import attrs
@@ -14,6 +14,7 @@ from mars_runtime.packing import (
     pack_group_sets,
     pack_parameters,
 )
+from mars_runtime.stopwatch import Loads
 from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit
 
 from ..pack import PackedBlock, PackedConv
@@ -137,9 +138,9 @@ def _segments(packed: PackedConv, pieces: Sequence[Piece]) -> int:
 
 
 @functools.lru_cache(maxsize=16384)
-def decoded_load(packed: PackedConv, load: Load) -> Mapping[int, DecodedLoad]:
+def decoded_load(packed: PackedConv, load: Load) -> Loads:
     """Give what the machine makes of each core's tables (macro slots count from 0)."""
-    return {core: _decoded(packed, load.cores[core]) for core in load.active}
+    return tuple([_decoded(packed, pieces) if pieces else None for pieces in load.cores])
 
 
 def _decoded(packed: PackedConv, pieces: Sequence[Piece]) -> DecodedLoad:

@@ -17,7 +17,7 @@ from mars_runtime.packing import group_set_bytes
 from ..pack import PackedConv
 from ..schedule.plan import Step
 from ..schedule.types import LayerSchedule, ScheduleError
-from .emitter import DMA, Emitter, Lanes, Run, compute_lanes, load_lanes
+from .emitter import DMA, Emitter, Lanes, TransferRun, compute_lanes, load_lanes
 from .image import LoadImage, LoadParts
 
 __all__ = ["Loaded", "Loader", "Turn", "turns"]
@@ -69,6 +69,12 @@ class Loaded:
     fetched: dict[int, int] = attrs.field(factory=dict)  # by core, the last FETCH of its tables
     filled: dict[int, int] = attrs.field(factory=dict)  # by core, the last FILL
     readers: dict[Lanes, int] = attrs.field(factory=dict)  # by lanes, the last CONV
+
+    @property
+    def tables(self) -> tuple[int, int, int, int]:
+        """CONV's ``descriptor``, ``codes``, ``parameters`` and ``slot``."""
+        codes = self.index + self.image.parts.descriptor_bytes
+        return self.index, codes, self.parameters, self.slot
 
     def before(self, cores: Iterable[int]) -> dict[Lanes, int]:
         """Give what must be done before a CONV of some cores."""
@@ -367,7 +373,7 @@ class _Chunks:
 
     Parameters
     ----------
-    run : Run
+    run : TransferRun
         The instructions; what follows numbers them from 0.
     fetches : list of (int, int, Lanes, int, int)
         FETCHes to what others emptied last: with core, its load unit, first cell of the weight SRAM
@@ -380,7 +386,7 @@ class _Chunks:
         By core, first cell of the weight SRAM, end, and the last FILL from there.
     """
 
-    run: Run
+    run: TransferRun
     fetches: list[tuple[int, int, Lanes, int, int]]
     fills: dict[int, list[int]]
     next: dict[int, int]
@@ -441,7 +447,7 @@ def _chunks(
 
 
 @functools.lru_cache(maxsize=4096)
-def _table_run(parts: LoadParts, tables: int, index: int, parameters: int) -> Run:
+def _table_run(parts: LoadParts, tables: int, index: int, parameters: int) -> TransferRun:
     """Make the FETCHes of a load's tables: for each core those of its codes and parameters."""
     out = Emitter()
     for core, part in parts.cores.items():
