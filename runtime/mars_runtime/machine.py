@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 import numpy as np
@@ -36,6 +36,8 @@ Array = npt.NDArray[Any]
 # A time with what is to blame for it, see STALLS.
 Done = tuple[int, str]
 AT_ONCE: Done = (0, "")
+# A core, what CONV costs there, and for how many cycles it takes the core.
+ConvCost: TypeAlias = tuple[int, timing.Cost, int]
 INSTRUCTION_BITS = 8 * isa.INSTRUCTION_BYTES
 Kind = TypeVar("Kind", bound=isa.Instruction)
 
@@ -410,19 +412,17 @@ class Machine:
         self.costs.clear()
 
     def _conv(self, conv: isa.Conv, waited: Done) -> Done:
-        done, spans = self._end_of_conv(*self._conv_costs(conv), waited)
+        costs = self._conv_costs(conv)
+        done = self._end_of_conv(costs, waited)
         if self.memory is not None:
-            for number, (start, end) in spans.items():
+            for number, _, cycles in costs:
                 core = self.cores[number]
-                load = self._load_of(core, conv)
-                ConvTile(self.memory, core, conv, start, end).execute(load)
+                end, load = core.compute_free, self._load_of(core, conv)
+                ConvTile(self.memory, core, conv, end - cycles, end).execute(load)
         return done
 
-    def _conv_costs(self, conv: isa.Conv) -> tuple[list[tuple[int, timing.Cost]], int]:
-        """Give what CONV costs on each of its cores, whose arrays it closes, or refuse it.
-
-        The second is how long the partial sums of all cores hold the off-chip port.
-        """
+    def _conv_costs(self, conv: isa.Conv) -> Sequence[ConvCost]:
+        """Give what CONV takes on each of its cores, whose arrays it closes, or refuse it."""
         if not conv.height * conv.width:
             raise MachineError("writes no pixel")
         place = None if conv.partial == isa.PARTIAL_OFFCHIP else conv.partial_bank
@@ -440,34 +440,34 @@ class Machine:
             _refuse_unused(conv, "partial", "partial_bank", "partial_base")
         elif conv.partial == isa.PARTIAL_OFFCHIP:
             _refuse_unused(conv, "partial_bank")
+        # Partial sums of all cores share the off-chip port and hold it to the end.
         words = sum(cost.partial_words for _, cost in costs)
-        return costs, timing.offchip_cycles(self.arch, words * timing.WORD_BITS)
+        transfer = timing.offchip_cycles(self.arch, words * timing.WORD_BITS)
+        return [
+            (number, cost, max(cost.cycles, transfer if cost.partial_words else 0))
+            for number, cost in costs
+        ]
 
-    def _end_of_conv(
-        self, costs: Sequence[tuple[int, timing.Cost]], transfer: int, waited: Done
-    ) -> tuple[Done, dict[int, tuple[int, int]]]:
-        """Give when a CONV ends, and for each core its start and end, which are booked."""
-        moved = max(waited, (self.dma_free, "maps")) if transfer else waited
-        latest = 0
-        spans = {}
-        for number, cost in costs:
-            start = self._compute_start(
-                self.cores[number], moved if cost.partial_words else waited, cost.banks
-            )
+    def _end_of_conv(self, costs: Sequence[ConvCost], waited: Done) -> Done:
+        """Give when a CONV ends, and book what it takes."""
+        latest, dma_free = 0, self.dma_free
+        for number, cost, cycles in costs:
+            own_waited = waited
+            if cost.partial_words:
+                own_waited = max(waited, (dma_free, "maps"))
+            start = self._compute_start(self.cores[number], own_waited, cost.banks)
             end = start + cost.cycles
             for bank in cost.banks:
                 if end > self.bank_compute[bank]:
                     self.bank_compute[bank] = end
             if cost.partial_words:
-                # Those of all cores share the port and hold it to the end.
-                self.layer.stalls["ports"] += max(0, transfer - cost.cycles)
-                end = max(end, start + transfer)
+                end = start + cycles
+                self.layer.stalls["ports"] += cycles - cost.cycles
                 self.dma_free = max(self.dma_free, end)
             self._book(number, "CONV", start, end, cost)
-            spans[number] = start, end
             if end > latest:
                 latest = end
-        return (latest, "cores"), spans
+        return latest, "cores"
 
     def _load_of(self, core: Core, conv: isa.Conv) -> timing.DecodedLoad:
         """Walk the load that a core computes with."""

@@ -17,7 +17,7 @@ import attrs
 from . import isa, timing
 from .arch import MarsArch
 from .errors import MachineError, MemoryAccessError
-from .machine import AT_ONCE, INSTRUCTION_BITS, Done, Machine
+from .machine import AT_ONCE, INSTRUCTION_BITS, ConvCost, Done, Machine
 from .memory import Core
 from .program import LayerInfo, Region
 from .timeline import Timeline
@@ -152,17 +152,17 @@ class Stopwatch(Machine):
         counters.fetched_bits += costs.fetched_bits
         counters.core_sram_bits += costs.core_sram_bits
         counters.macro_write_bits += costs.macro_write_bits
-        issued = self.issued
+        issued, now, issue_cycles, cores = self.issued, self.now, self.issue_cycles, self.cores
         for (end_of, number, cycles), backs in zip(costs.steps, waits, strict=True):
-            issued = waited = issued + self.issue_cycles
+            issued = waited = issued + issue_cycles
             for back in backs:
                 if done[-back][0] > waited:
                     waited = done[-back][0]
-            end = end_of(self, self.cores[number], waited, cycles)
-            if end > self.now:
-                self.now = end
+            end = end_of(self, cores[number], waited, cycles)
+            if end > now:
+                now = end
             done.append((end, "weights"))
-        self.issued = issued
+        self.issued, self.now = issued, now
 
     def _costs_of(self, transfers: Transfers) -> _Costs:
         steps: list[tuple[Callable[[Machine, Core, int, int], int], int, int]] = []
@@ -193,19 +193,21 @@ class Stopwatch(Machine):
         found = _lookup(self.arch, computes, self.loads[self.index], before)
         self.counters.instruction_bits += INSTRUCTION_BITS * len(computes)
         self.costs.append(found.cost)
-        for (numbers, costs, transfer), backs in zip(found.steps, waits, strict=True):
-            self.issued += self.issue_cycles
-            waited = (self.issued, "issue")
+        issued, now, issue_cycles = self.issued, self.now, self.issue_cycles
+        for (numbers, costs), backs in zip(found.steps, waits, strict=True):
+            issued += issue_cycles
+            waited = (issued, "issue")
             for back in backs:
                 if done[-back] > waited:
                     waited = done[-back]
             if costs:
-                end, _ = self._end_of_conv(costs, transfer, waited)
+                end = self._end_of_conv(costs, waited)
             else:
                 end = self._end_of_setting(numbers, waited)
-            if end[0] > self.now:
-                self.now = end[0]
+            if end[0] > now:
+                now = end[0]
             done.append(end)
+        self.issued, self.now = issued, now
         for core, config in zip(self.cores, found.configs, strict=True):
             core.config = config
         for number in found.closed:
@@ -218,10 +220,10 @@ class Stopwatch(Machine):
         steps: list[_Step] = []
         for instruction in computes.instructions:
             if isinstance(instruction, isa.Conv):
-                steps.append(((), *self._conv_costs(instruction)))
+                steps.append(((), self._conv_costs(instruction)))
             else:
                 assert isinstance(instruction, (isa.Sas, isa.Apw, isa.Residual))
-                steps.append((self._configured(instruction), (), 0))
+                steps.append((self._configured(instruction), ()))
         closed = [core.number for core in self.cores if not core.open]
         configs_after = [core.config for core in self.cores]
         return _Lookup(steps, timing.total(self.costs), configs_after, closed)
@@ -254,7 +256,7 @@ class _Costs:
     macro_write_bits: int
 
 
-_Step: TypeAlias = tuple[Sequence[int], Sequence[tuple[int, timing.Cost]], int]
+_Step: TypeAlias = tuple[Sequence[int], Sequence[ConvCost]]
 
 
 @attrs.frozen
@@ -263,9 +265,8 @@ class _Lookup:
 
     Parameters
     ----------
-    steps : list of (sequence of int, sequence of (int, Cost), int)
-        For each a setting's cores, or a CONV's cores with what it costs there and the cycles for
-        which its partial sums hold the off-chip port.
+    steps : list of (sequence of int, sequence of ConvCost)
+        For each a setting's cores, or what a CONV takes on its cores.
     cost : Cost
         The sum of all.
     configs : list of CoreConfig
