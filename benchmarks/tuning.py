@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -28,7 +29,7 @@ from rich.table import Table
 from mars_runtime import PRESETS, MarsArch, simulate
 from mars_runtime.quantize import Dequantize, Quantize
 from tvm_mars.codegen import generate, time_schedule
-from tvm_mars.graph import Conv, ConvTerm, Graph, Input, MapType, Output, Requant
+from tvm_mars.graph import Conv, Graph, Input, Output
 from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.paper import TABLE_I
 from tvm_mars.schedule import (
@@ -40,13 +41,13 @@ from tvm_mars.schedule import (
     least_macro_cycles,
 )
 from tvm_mars.tuner.bound import least_cycles
-from tvm_mars.tuner.database import Database
+from tvm_mars.tuner.database import Database, workload_key
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space
 from tvm_mars.tuner.starts import bordered
 from tvm_mars.tuner.strategies import grid_points, make_strategy
-from tvm_mars.zoo.entries import load
+from tvm_mars.zoo.entries import load, names
 
 PAPER_FPS = {
     (row.workload.network.lower(), row.workload.activation_bits): row.fps
@@ -215,38 +216,27 @@ def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -
     console.print(table)
 
 
-def single(
-    inputs: int,
-    outputs: int,
-    size: int,
-    kernel: int = 1,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    padded: bool = True,
-) -> Graph:
-    """Give a network of one convolution, every group-set of which is stored."""
-    pad = kernel // 2 if padded else 0
-    extent = (size + 2 * pad - kernel) // stride + 1
-    weight = np.ones((outputs, inputs // groups, kernel, kernel), np.int8)
-    term = ConvTerm("x0", weight, stride=(stride, stride), padding=(pad,) * 4, groups=groups)
-    kind = MapType(inputs, size, size, 8)
-    return Graph(
-        [Input("x0", kind, kind.shape, Quantize("uint8"))],
-        [Conv("conv0", [term], np.zeros(outputs), Requant.eq5(8, 16))],
-        [Output("conv0", (outputs, extent, extent), Dequantize("uint8"))],
-    )
+#: Points of the largest layers of which all schedules are timed.
+ENUMERABLE = 1_000_000
 
 
-#: Layers that have at most some thousand schedules: one load, or several on few pixels.
-ENUMERABLE = {
-    "3x3, 64 to 64, 20x20": lambda: single(64, 64, 20, 3),
-    "3x3, stride 2, 32 to 64, 40x40": lambda: single(32, 64, 40, 3, stride=2),
-    "depthwise 3x3, 64, 20x20": lambda: single(64, 64, 20, 3, groups=64),
-    "dense, 256 to 16": lambda: single(256, 16, 1),
-    "dense, 1280 to 32": lambda: single(1280, 32, 1),
-    "3x3, 128 to 32, one pixel": lambda: single(128, 32, 3, 3, padded=False),
-}
+def enumerable(arch: MarsArch) -> Iterator[tuple[str, Space]]:
+    """Yield the zoo's convolutions that have few enough points, each as a network of its own.
+
+    Those that are alike, and one that adds what another layer gives, are left out.
+    """
+    seen = set()
+    for network in names():
+        graph = load(network)
+        for layer in graph.layers:
+            if not isinstance(layer, Conv) or layer.residual or len(layer.terms) > 1:
+                continue
+            space = Space.of(layer_alone(graph, layer.name), arch)
+            key = workload_key(space.graph, space.packed)
+            points = math.prod(len(values) for values in space.domain(0).values())
+            if points <= ENUMERABLE and key not in seen:
+                seen.add(key)
+                yield f"{network} {layer.name}", space
 
 
 def every_schedule(space: Space) -> list[int]:
@@ -266,9 +256,8 @@ def exhaustive(console: Console, trials: int, seeds: int) -> None:
     table = Table(title=title, box=None)
     for name in ("layer", "overlap", "schedules", "default", "optimum", "median", "worst", "x"):
         table.add_column(name, justify="left" if name in ("layer", "overlap") else "right")
-    for name, make in ENUMERABLE.items():
-        for overlap in ("none", "full"):
-            space = Space.of(make(), attrs.evolve(PRESETS["mars"], overlap=overlap))
+    for overlap in ("none", "full"):
+        for name, space in enumerable(attrs.evolve(PRESETS["mars"], overlap=overlap)):
             cycles = every_schedule(space)
             least = min(cycles)
             found = sorted(tuned(space, trials, seed) for seed in range(seeds))
@@ -402,7 +391,9 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="strategies")
     parser.add_argument("--network", default="digits", help="of the zoo, for --compare")
     parser.add_argument("--borders", action="store_true", help="taps in the padding")
-    parser.add_argument("--exhaustive", action="store_true", help="on layers with few schedules")
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="the zoo's layers that have few schedules"
+    )
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
