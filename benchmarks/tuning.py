@@ -3,7 +3,8 @@
 All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` for VGG16 and
 ResNet-18 on every overlap; ``--sweep`` for the assumed ``macro_write_bits``; ``--compare`` for the
 strategies at equal trials and at equal time; ``--exhaustive`` for the search beside all of the
-schedules of single layers; ``--borders`` for what taps in the padding cost.
+schedules of single layers; ``--borders`` for what taps in the padding cost; ``--places`` for
+what a better choice of banks and of fused pools alone would gain.
 
 The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 """
@@ -44,8 +45,8 @@ from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.database import Database, workload_key
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
-from tvm_mars.tuner.space import Space
-from tvm_mars.tuner.starts import bordered
+from tvm_mars.tuner.space import Space, replaced
+from tvm_mars.tuner.starts import bordered, starts
 from tvm_mars.tuner.strategies import grid_points, make_strategy
 from tvm_mars.zoo.entries import load, names
 
@@ -275,6 +276,67 @@ def exhaustive(console: Console, trials: int, seeds: int) -> None:
     console.print(table)
 
 
+def placed(space: Space, point: Point) -> tuple[int, int]:
+    """Give the least cycles over banks and fused pools, and how many points were timed.
+
+    Layer by layer, as long as it helps: the other bank for its map, or for all maps from there on;
+    the pool fused or not, likewise; the map kept on chip or not.
+    """
+    least, tried, helps = space.time(point).cycles, 0, True
+    while helps:
+        helps = False
+        for index in range(len(point.choices)):
+            for other in list(_placed_otherwise(space, point, index)):
+                tried += 1
+                with contextlib.suppress(ScheduleError):
+                    cycles = space.time(other).cycles
+                    if cycles < least:
+                        least, point, helps = cycles, other, True
+    return least, tried
+
+
+def _placed_otherwise(space: Space, point: Point, index: int) -> Iterator[Point]:
+    swapped = Point(
+        tuple(
+            attrs.evolve(choice, bank=1 - choice.bank) if place >= index else choice
+            for place, choice in enumerate(point.choices)
+        )
+    )
+    yield swapped
+    open_ = space.decisions(point, index)
+    for name in ("bank", "fused", "staged"):
+        now = getattr(point.choices[index], name)
+        for value in open_.get(name, ()):
+            if value != now:
+                yield replaced(point, index, **{name: value})
+                if name != "bank":
+                    yield replaced(swapped, index, **{name: value})
+
+
+def best_start(space: Space) -> tuple[int, Point]:
+    """Give the best of the points with which every search begins, behind its cycles."""
+    costs = {point: space.time(point).cycles for point in starts(space)}
+    best = min(costs, key=costs.__getitem__)
+    return costs[best], best
+
+
+def places(console: Console) -> None:
+    """Print what banks and fused pools alone would gain over the best of the starting points."""
+    table = Table(title="banks and fused pools, the rest as in the best starting point", box=None)
+    for name in ("network", "overlap", "best start", "placed better", "points timed"):
+        table.add_column(name, justify="left" if name in ("network", "overlap") else "right")
+    graphs = {f"{name} w8a{bits}": make(bits) for name, make in NETWORKS.items() for bits in (8, 4)}
+    graphs |= {name: load(name) for name in names()}
+    for network, graph in graphs.items():
+        for overlap in OVERLAPS:
+            space = Space.of(graph, attrs.evolve(PRESETS["mars"], overlap=overlap))
+            before, best = best_start(space)
+            after, tried = placed(space, best)
+            table.add_row(network, overlap, f"{before:,}", f"{after:,}", str(tried))
+            print(network, overlap, before, after, tried, file=sys.stderr, flush=True)
+    console.print(table)
+
+
 def layer_alone(graph: Graph, name: str) -> Graph:
     """Give a network of one of a graph's convolutions."""
     layer = next(one for one in graph.layers if one.name == name)
@@ -391,9 +453,8 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="strategies")
     parser.add_argument("--network", default="digits", help="of the zoo, for --compare")
     parser.add_argument("--borders", action="store_true", help="taps in the padding")
-    parser.add_argument(
-        "--exhaustive", action="store_true", help="the zoo's layers that have few schedules"
-    )
+    parser.add_argument("--places", action="store_true", help="banks and fused pools")
+    parser.add_argument("--exhaustive", action="store_true", help="the zoo's layers alone")
     parser.add_argument("--speed", action="store_true", help="of the fast timeline")
     options = parser.parse_args()
     console = Console()
@@ -405,6 +466,9 @@ def main() -> None:
         return
     if options.borders:
         borders(console)
+        return
+    if options.places:
+        places(console)
         return
     if options.exhaustive:
         exhaustive(console, options.trials, options.seeds)
