@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from mars_runtime.errors import OptionError
 from python_tests.test_tuner import found, small_space
 from tvm_mars.schedule import Point
+from tvm_mars.tuner import ray_runner
 from tvm_mars.tuner import search as searching
 from tvm_mars.tuner.database import Database
 from tvm_mars.tuner.ray_runner import RayOptions, RayPool
@@ -274,6 +276,33 @@ def test_a_cluster_that_was_started_ends_with_the_search(sent, tmp_path):
 
 
 # -- no cluster ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_what_is_no_cluster_is_said(answer, tmp_path, monkeypatch):
+    ray.shutdown()
+    monkeypatch.setattr(ray_runner, "_REACH_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        ended = threading.Event()
+
+        def serve():
+            with server.accept()[0] as connection:
+                if answer is None:  # listens, and says nothing
+                    ended.wait()
+                else:
+                    connection.recv(1)
+                    connection.sendall(answer)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        try:
+            with pytest.raises(RunnerError, match=f"no connection to the cluster {address}"):
+                options = attrs.evolve(ON_RAY, ray=RayOptions(address=address))
+                search(small_space(), Database(tmp_path), options)
+        finally:
+            ended.set()
+            serving.join()
 
 
 def test_a_cluster_that_cannot_be_reached_is_said(tmp_path, monkeypatch):

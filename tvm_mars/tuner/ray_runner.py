@@ -29,6 +29,10 @@ __all__ = ["RayOptions", "RayPool", "connected"]
 _WHERE = "runner ray"
 _START_SECONDS = 300  # for the first of the workers
 _REACH_SECONDS = 10  # for a connection to the cluster's head; Ray itself tries for minutes
+# What a client of HTTP/2 sends first, with SETTINGS of its own; the server answers with SETTINGS
+# (RFC 9113, 3.4 and 6.5). A frame's type is the fourth byte of its header.
+_FRAME_HEADER_BYTES, _SETTINGS = 9, b"\x04"
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5)
 _GO_ON = "--resume goes on from what was measured"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -116,9 +120,18 @@ def connected(address: str | None, workers: int) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
+    """Refuse an address at which nothing listens that speaks HTTP/2, as the cluster's gRPC does."""
     place = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
-    if place:
-        socket.create_connection((place[1], int(place[2])), _REACH_SECONDS).close()
+    if not place:
+        return
+    with socket.create_connection((place[1], int(place[2])), _REACH_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(_HTTP2_HELLO)
+        with connection.makefile("rb") as answer:
+            header = answer.read(_FRAME_HEADER_BYTES)
+        if header[3:4] != _SETTINGS:
+            raise ConnectionError("what listens there is no cluster of Ray")
 
 
 def _said(error: Exception) -> str:
