@@ -318,14 +318,14 @@ class Space:
         packed, cores = self.packed[layer.name], self.arch.cores
         capacity = self.arch.slots(packed.weight_bits)
         heaviest = max(block.group_sets for block in packed.blocks)
+        shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
+        groups = sorted(n for n in shared if n <= min(cores, height))
+        whole = [Choice(tile=(1, 1), block_tile=1, row_groups=count) for count in groups]
         busiest = max(
-            sum(
-                load.group_sets(core)
-                for load in self.loads(layer, Choice(tile=(1, 1), block_tile=1))
-            )
+            sum(load.group_sets(core) for load in self.loads(layer, choice))
+            for choice in whole
             for core in range(cores)
         )
-        shared = {1, 2, cores, max(1, cores // len(packed.blocks))}
         # Kernel blocks are cut where their sums have a place, or where the array cuts them.
         words = cores * RAW_WORDS * self.graph.types[layer.name].height
         cuts = words * self.graph.types[layer.name].width <= self.arch.bank_words
@@ -348,7 +348,7 @@ class Space:
             | {
                 "order": ("loads", "tiles") if many else (default.order,),
                 "partial": ("bank", "offchip") if splits else (default.partial,),
-                "row_groups": tuple(sorted(n for n in shared if n <= min(cores, height))),
+                "row_groups": tuple(groups),
                 "most": (0, *limits),
                 "chunk": tuple(n for n in CHUNKS if n < 2 * min(busiest, capacity)),
                 "apart": (False, True),
