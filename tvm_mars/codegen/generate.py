@@ -223,8 +223,8 @@ class _Generator:
         self.loader.own(number)
         step, layer, schedule = turn.step, turn.step.layer, turn.schedule
         if isinstance(layer, Conv):
-            for i, tile in turn.tiles:
-                self._conv_tile(step, layer, schedule, number, i, tile)
+            for at, (i, tile) in enumerate(turn.tiles):
+                self._conv_tile(step, layer, schedule, (number, at), i, tile)
         else:
             self.loader.ahead(number)
             self._apw_layer(step, layer, schedule)
@@ -283,14 +283,15 @@ class _Generator:
         step: Step,
         layer: Conv,
         schedule: LayerSchedule,
-        turn: int,
+        at: tuple[int, int],
         place: int,
         tile: tuple[int, int, int, int],
     ) -> None:
+        turn = at[0]
         load = self._load(turn)
         work = self._work(schedule, tile)
         self._stage(step, schedule, work.windows, work.sources)
-        self.loader.ahead(turn)  # behind the maps that this turn waits for
+        self.loader.ahead(*at)  # behind the maps that this turn waits for
         partial_base = self.partial_base
         if schedule.partial == "offchip":
             partial_base += place * self._partial_words(step, schedule)

@@ -20,7 +20,7 @@ from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit
 from ..pack import PackedBlock, PackedConv
 from ..schedule import Load, Piece
 
-__all__ = ["Content", "CoreImage", "Image", "LoadImage", "LoadParts", "decoded_load"]
+__all__ = ["Content", "CoreImage", "Image", "LoadImage", "LoadParts", "decoded_load", "load_parts"]
 
 Content: TypeAlias = Literal["all", "tables", "sizes"]
 

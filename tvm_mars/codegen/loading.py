@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
@@ -13,6 +13,7 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.maps import WORD_CHANNELS, MapType
 from mars_runtime.packing import group_set_bytes
+from mars_runtime.timing import fill_cost, offchip_cycles
 
 from ..pack import PackedConv
 from ..schedule.plan import Step
@@ -125,7 +126,9 @@ class _Ring:
     name: str
     size: int
     next: int = 0
-    held: dict[int, tuple[int, int]] = attrs.field(factory=dict)  # by turn: first and end
+    held: dict[Hashable, tuple[int, int]] = attrs.field(
+        factory=dict
+    )  # by who needs it: first and end
 
     @property
     def state(self) -> _State:
@@ -173,6 +176,7 @@ class Loader:
         out: Emitter,
     ) -> None:
         self.arch, self.packed, self.out = arch, packed, out
+        self.all_turns = turns
         self.turns = [(number, turn) for number, turn in enumerate(turns) if turn.load is not None]
         self.images, self.weights_base = images, weights_base
         fill = [_of_load(turn.schedule.fill_ahead, turn) for _, turn in self.turns]
@@ -180,6 +184,7 @@ class Loader:
         self.fill_due = self._due(fill)
         self.fetch_due = self._due([max(pair) for pair in zip(fill, fetch, strict=True)])
         self.fetched = self.filled = 0  # loads
+        self.started = 0  # group-sets fetched of the load behind those
         self.open: set[int] = set()
         self.index = _Ring("index SRAM bytes", arch.index_sram_bits // 8)
         self.parameters = _Ring("parameter SRAM bytes", arch.parameter_sram_bits // 8)
@@ -194,8 +199,11 @@ class Loader:
         self.slots = _Ring("macro slots", 0)
         self.width = 0  # of the weights in the arrays
         self.loaded: dict[int, Loaded] = {}
-        # By turn, where the cores' weights lie in their SRAM, and the FETCH that brought them.
-        self.waiting: dict[int, dict[int, tuple[int, int]]] = {}
+        self.waiting: dict[int, list[_Part]] = {}  # by turn, what is fetched and not filled
+        # By turn and tile, which parts are fetched before it for a core; the last are behind all.
+        self.behind: dict[tuple[int, int], list[tuple[_Part, int]]] = {}
+        # Loads that were filled before this turn; cycles that the port is free while others are.
+        self.filled_before = self.spare = 0
 
     def _due(self, ahead: Sequence[int]) -> list[int]:
         """Give the turn before which each load is due; never before that of an earlier load."""
@@ -207,25 +215,19 @@ class Loader:
 
     def own(self, turn: int) -> None:
         """Emit what a turn needs itself."""
+        self.filled_before, self.spare = self.filled, 0
         while self.filled < len(self.turns) and self.turns[self.filled][0] <= turn:
-            self._next()
+            self._fill()
 
-    def ahead(self, turn: int) -> None:
-        """Emit what is due before a turn for later ones."""
-        while self.filled < len(self.turns) and self.fill_due[self.filled] <= turn:
-            self._next()
-        while self.fetched < len(self.turns) and self.fetch_due[self.fetched] <= turn:
-            self._fetch(*self.turns[self.fetched])
-            self.fetched += 1
-
-    def _next(self) -> None:
-        """Fill the next load, which may have been fetched."""
-        if self.fetched > self.filled:
-            self._fill(*self.turns[self.filled])
-        else:
-            self._fetch_and_fill(*self.turns[self.filled])
-            self.fetched += 1
-        self.filled += 1
+    def ahead(self, turn: int, tile: int = 0) -> None:
+        """Emit what is due before a tile of a turn for later ones."""
+        if not tile:
+            while self.filled < len(self.turns) and self.fill_due[self.filled] <= turn:
+                self._fill()
+            while self.fetched < len(self.turns) and self.fetch_due[self.fetched] <= turn:
+                self._fetch(self._part())
+            self._deepen(turn)
+        self._fetch_behind(turn, tile)
 
     def computes(self, cores: Sequence[int]) -> None:
         """Note that cores compute, which closes their arrays."""
@@ -233,8 +235,118 @@ class Loader:
 
     def after(self, turn: int) -> None:
         """Free what a turn needed."""
+        self._fetch_behind(turn, len(self.all_turns[turn].tiles))
         for ring in (self.index, self.parameters, self.slots):
             ring.held.pop(turn, None)
+
+    # -- fetching ahead --------------------------------------------------------------------------
+
+    def _fetch_behind(self, turn: int, tile: int) -> None:
+        for part, core in self.behind.pop((turn, tile), ()):
+            self._fetch(part, core)
+
+    def _deepen(self, turn: int) -> None:
+        """Fetch what a turn's layer is to leave in the weight SRAMs.
+
+        While arrays are filled, what the port can bring meanwhile. The rest core by core between
+        the tiles that are computed before arrays are filled again: those who are not fetched for
+        compute.
+        """
+        here = self.all_turns[turn]
+        begins = not turn or self.all_turns[turn - 1].layer != here.layer
+        if not here.schedule.fetch_depth or not (begins or self.filled > self.filled_before):
+            return
+        depth = here.schedule.fetch_depth
+        while part := self._next_part(depth, self.spare):
+            self.spare -= self._fetch(part)
+        parts = list(iter(lambda: self._next_part(depth), None))
+        end = self.fill_due[self.filled] if self.filled < len(self.turns) else len(self.all_turns)
+        alike = itertools.takewhile(
+            lambda number: self.all_turns[number].layer == here.layer, range(turn, end)
+        )
+        places = [(one, tile) for one in alike for tile in range(len(self.all_turns[one].tiles))]
+        places.append((places[-1][0], places[-1][1] + 1))
+        for core in range(self.arch.cores):
+            place = places[(len(places) - 1) * core // max(1, self.arch.cores - 1)]
+            self.behind.setdefault(place, []).extend((part, core) for part in parts)
+
+    def _next_part(self, depth: int, cycles: int | None = None) -> _Part | None:
+        """Give a place to what is fetched next, so far as it is wanted and has room.
+
+        Parameters
+        ----------
+        depth : int
+            Group-sets that the weight SRAMs are to hold.
+        cycles : int, optional
+            For how long the port may be taken.
+        """
+        wanted = depth - sum(part.count for parts in self.waiting.values() for part in parts)
+        if wanted <= 0 or self.fetched == len(self.turns):
+            return None
+        _, turn = self.turns[self.fetched]
+        parts = self._image(turn).parts
+        if cycles is not None and parts.filling:
+            size = 8 * group_set_bytes(self.packed[turn.schedule.layer].weight_bits)
+            row = len(parts.filling) * offchip_cycles(self.arch, size)
+            wanted = min(wanted, cycles // row)
+            if wanted <= 0:
+                return None
+        try:
+            return self._part(min(wanted, parts.most_group_sets - self.started))
+        except ScheduleError:
+            return None  # a memory is full
+
+    def _part(self, count: int | None = None) -> _Part:
+        """Give a place to some group-sets of the load that is fetched next, or to all that is left.
+
+        Raises
+        ------
+        ScheduleError
+            If they, or the load's tables, have no room.
+        """
+        number, turn = self.turns[self.fetched]
+        image, first = self._image(turn), self.started
+        size, most = self._size(turn), image.parts.most_group_sets
+        count = most - first if count is None else count
+        counts = {
+            core: min(count, part.group_sets - first)
+            for core, part in image.parts.filling.items()
+            if part.group_sets > first
+        }
+        at = {core: (self.weight[core].find(own * size), own) for core, own in counts.items()}
+        if number not in self.loaded:
+            self._place_tables(number, image)
+        for core, (start, own) in at.items():
+            self.weight[core].held[number, first] = start, start + own * size
+        part = _Part(number, first, count, at)
+        self.waiting.setdefault(number, []).append(part)
+        self.started += count
+        if self.started == most:
+            self.fetched, self.started = self.fetched + 1, 0
+        return part
+
+    def _fetch(self, part: _Part, core: int | None = None) -> int:
+        """Fetch a part for one core or all, and before it tables that are missing there.
+
+        Returns
+        -------
+        For how many cycles the port is taken.
+        """
+        loaded, size = self.loaded[part.turn], self._size(self.all_turns[part.turn])
+        image = loaded.image
+        cores = tuple(one for one in image.parts.cores if core in (None, one))
+        missing = tuple(one for one in cores if one not in loaded.fetched)
+        cycles = self._tables(loaded, missing) if missing else 0
+        for one in cores:
+            if one not in part.at:
+                continue
+            at, count = part.at[one]
+            source = self.weights_base + image.weights + image.parts.cores[one].weights
+            part.fetches[one] = self._fetch_weights(
+                one, source + part.first * size, count * size, at
+            )
+            cycles += offchip_cycles(self.arch, 8 * count * size)
+        return cycles
 
     # -- one load --------------------------------------------------------------------------------
 
@@ -242,19 +354,44 @@ class Loader:
         assert turn.load is not None
         return self.images[turn.schedule.layer][turn.load]
 
-    def _fetch_and_fill(self, number: int, turn: Turn) -> None:
-        """Fetch a load and fill the arrays, the two hops in chunks."""
-        image = self._image(turn)
+    def _size(self, turn: Turn) -> int:
+        """Give the bytes of a group-set."""
+        return group_set_bytes(self.packed[turn.schedule.layer].weight_bits)
+
+    def _fill(self) -> None:
+        """Fill the next load, and fetch of it what was not fetched before."""
+        number, turn = self.turns[self.filled]
+        image, weight_bits = self._image(turn), self.packed[turn.schedule.layer].weight_bits
         self._prepare(image)
-        self._tables(number, image)
-        weight_bits = self.packed[turn.schedule.layer].weight_bits
-        self._slot(number, turn, image, weight_bits)
+        if number not in self.loaded:
+            self._place_tables(number, image)
         loaded = self.loaded[number]
+        missing = tuple(core for core in image.parts.cores if core not in loaded.fetched)
+        if missing:
+            self.spare -= self._tables(loaded, missing)
+        self._slot(number, turn, image, weight_bits)
+        for part in self.waiting.pop(number, ()):
+            for core, (at, count) in part.at.items():
+                fetch = part.fetches[core]
+                self._fill_slots(number, core, part.first, at, count, weight_bits, fetch)
+                del self.weight[core].held[number, part.first]
+        if self.fetched == self.filled:
+            self._fetch_and_fill(number, turn, image, weight_bits)
+            self.fetched, self.started = self.fetched + 1, 0
+        self.filled += 1
+        if image.parts.filling:
+            most = image.parts.most_group_sets
+            self.spare += fill_cost(self.arch, most, weight_bits).cycles
+
+    def _fetch_and_fill(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> None:
+        """Fetch what is left of a load and fill the arrays, the two hops in chunks."""
+        loaded, begun = self.loaded[number], self.started
         room = self.arch.weight_sram_bits // 8 // group_set_bytes(weight_bits)
         chunk = min(turn.schedule.fetch_chunk, room)
         chunks = _chunks(
             image.parts,
             self.weights_base + image.weights,
+            begun,
             chunk,
             weight_bits,
             loaded.slot,
@@ -265,38 +402,16 @@ class Loader:
             if self.last_fill[core] >= 0:
                 after.append((fetch, DMA, lane, max(self.emptied[core][first:end])))
         for core, fills in chunks.fills.items():
-            lane, count = load_lanes(1 << core), image.parts.cores[core].group_sets
-            readers = self.slot_cells[core].take(loaded.slot, count, loaded, chunk)
+            lane, count = load_lanes(1 << core), image.parts.cores[core].group_sets - begun
+            readers = self.slot_cells[core].take(loaded.slot + begun, count, loaded, chunk)
             after += [(fills[part], lane, other, last) for part, other, last in readers]
+            self.spare -= offchip_cycles(self.arch, 8 * count * self._size(turn))
         start = self.out.append(chunks.run, after)
         for core, next in chunks.next.items():
             self.weight[core].next = next
             loaded.filled[core] = self.last_fill[core] = start + chunks.fills[core][-1]
             for first, end, fill in chunks.emptied[core]:
                 self.emptied[core][first:end] = [start + fill] * (end - first)
-
-    def _fetch(self, number: int, turn: Turn) -> None:
-        """Fetch a load that is filled later."""
-        image = self._image(turn)
-        self._tables(number, image)
-        size = group_set_bytes(self.packed[turn.schedule.layer].weight_bits)
-        self.waiting[number] = {}
-        for core, part in image.parts.filling.items():
-            length = part.group_sets * size
-            at = self.weight[core].take(length, number)
-            source = self.weights_base + image.weights + part.weights
-            self.waiting[number][core] = at, self._fetch_weights(core, source, length, at)
-
-    def _fill(self, number: int, turn: Turn) -> None:
-        """Fill the arrays from the weight SRAMs."""
-        image = self._image(turn)
-        weight_bits = self.packed[turn.schedule.layer].weight_bits
-        self._prepare(image)
-        self._slot(number, turn, image, weight_bits)
-        for core, (at, fetch) in self.waiting.pop(number).items():
-            count = image.parts.cores[core].group_sets
-            self._fill_slots(number, core, at, count, weight_bits, fetch)
-            del self.weight[core].held[number]
 
     def _prepare(self, image: LoadImage) -> None:
         closed = [core for core in image.parts.filling if core not in self.open]
@@ -305,22 +420,30 @@ class Loader:
         mask = sum(1 << core for core in closed)
         self.out.emit(isa.Prepare(cores=mask), load_lanes(mask))
         self.open.update(closed)
+        self.spare += self.arch.array_fill_cycles
 
-    def _tables(self, number: int, image: LoadImage) -> None:
-        """Fetch tables to the same addresses on every core, so that one CONV serves them all."""
-        parts = image.parts
-        index = self.index.take(parts.most_index_bytes, number)
-        parameters = self.parameters.take(parts.most_parameter_bytes, number)
-        loaded = self.loaded[number] = Loaded(image, index, parameters)
-        run = _table_run(parts, image.tables, index, parameters)
+    def _place_tables(self, number: int, image: LoadImage) -> None:
+        """Give tables the same addresses on every core, so that one CONV serves them all."""
+        index, parameters = image.parts.most_index_bytes, image.parts.most_parameter_bytes
+        at = self.index.find(index), self.parameters.find(parameters)
+        self.index.held[number] = at[0], at[0] + index
+        self.parameters.held[number] = at[1], at[1] + parameters
+        self.loaded[number] = Loaded(image, *at)
+
+    def _tables(self, loaded: Loaded, cores: tuple[int, ...]) -> int:
+        """Fetch a load's tables for some of its cores; give for how long the port is taken."""
+        index, parameters = loaded.index, loaded.parameters
+        run, bits = _table_run(loaded.image.parts, cores, loaded.image.tables, index, parameters)
         after = []
-        for place, (core, part) in enumerate(parts.cores.items()):
+        for place, core in enumerate(cores):
+            part = loaded.image.parts.cores[core]
             readers = self.index_cells[core].take(index, part.index_bytes, loaded)
             after += [(2 * place, DMA, lanes, reader) for _, lanes, reader in readers]
             readers = self.parameter_cells[core].take(parameters, part.parameter_bytes, loaded)
             after += [(2 * place + 1, DMA, lanes, reader) for _, lanes, reader in readers]
         start = self.out.append(run, after)
-        loaded.fetched = {core: start + 2 * place + 1 for place, core in enumerate(parts.cores)}
+        loaded.fetched |= {core: start + 2 * place + 1 for place, core in enumerate(cores)}
+        return offchip_cycles(self.arch, bits)
 
     def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> None:
         """Choose the first macro slot, the same on every core."""
@@ -349,22 +472,44 @@ class Loader:
         self,
         number: int,
         core: int,
+        first: int,
         at: int,
         count: int,
         weight_bits: int,
         fetch: int,
     ) -> None:
-        """Fill a load's slots with weights that a FETCH brought."""
+        """Fill some of a load's slots, from the ``first`` on, with weights that a FETCH brought."""
         loaded = self.loaded[number]
-        slot = loaded.slot
+        slot = loaded.slot + first
         readers = self.slot_cells[core].take(slot, count, loaded)
         after = {DMA: fetch, **{lanes: reader for _, lanes, reader in readers}}
         fill = self.out.emit(
             _fill(core, at, slot, count, int(weight_bits == 8)), load_lanes(1 << core), after
         )
         loaded.filled[core] = self.last_fill[core] = fill
-        first, end = at // _WEIGHT_CELL, (at + count * group_set_bytes(weight_bits)) // _WEIGHT_CELL
-        self.emptied[core][first:end] = [fill] * (end - first)
+        start, end = at // _WEIGHT_CELL, (at + count * group_set_bytes(weight_bits)) // _WEIGHT_CELL
+        self.emptied[core][start:end] = [fill] * (end - start)
+
+
+@attrs.frozen(eq=False)
+class _Part:
+    """Group-sets of a turn's load that are fetched before it is filled, each core's from one on.
+
+    Parameters
+    ----------
+    first, count : int
+        The first of them, and how many the core has that has most.
+    at : dict
+        By core, where they lie in its weight SRAM, and how many they are.
+    fetches : dict
+        By core, the FETCH that brought them.
+    """
+
+    turn: int
+    first: int
+    count: int
+    at: dict[int, tuple[int, int]]
+    fetches: dict[int, int] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -397,12 +542,15 @@ class _Chunks:
 def _chunks(
     parts: LoadParts,
     weights: int,
+    begun: int,
     chunk: int,
     weight_bits: int,
     slot: int,
     states: tuple[_State, ...],
 ) -> _Chunks:
     """Make FETCH and FILL of a load, which points with the same load share.
+
+    The cores have ``begun`` group-sets of it already.
 
     Parameters
     ----------
@@ -415,11 +563,12 @@ def _chunks(
     rings = {
         core: _Ring("weight SRAM bytes", length, next, dict(enumerate(held)))
         for core, (length, next, held) in zip(parts.filling, states, strict=True)
+        if parts.cores[core].group_sets > begun
     }
     emptied = {core: [-1] * (rings[core].size // _WEIGHT_CELL) for core in rings}
     fetches, again = [], set()
     fills: dict[int, list[int]] = {core: [] for core in rings}
-    for start in range(0, parts.most_group_sets, chunk):
+    for start in range(begun, parts.most_group_sets, chunk):
         for core, part in parts.filling.items():
             source, count = weights + part.weights, min(chunk, part.group_sets - start)
             if count <= 0:
@@ -447,15 +596,24 @@ def _chunks(
 
 
 @functools.lru_cache(maxsize=4096)
-def _table_run(parts: LoadParts, tables: int, index: int, parameters: int) -> TransferRun:
-    """Make the FETCHes of a load's tables: for each core those of its codes and parameters."""
-    out = Emitter()
-    for core, part in parts.cores.items():
+def _table_run(
+    parts: LoadParts, cores: tuple[int, ...], tables: int, index: int, parameters: int
+) -> tuple[TransferRun, int]:
+    """Make the FETCHes of a load's tables, for each core those of its codes and parameters.
+
+    Returns
+    -------
+    They, and how many bits they bring.
+    """
+    out, fetched = Emitter(), 0
+    for core in cores:
+        part = parts.cores[core]
         fetch = _fetch(core, isa.MEMORY_INDEX, tables + part.index, index, part.index_bytes)
         out.emit(fetch, DMA)
         source, length = tables + part.parameters, part.parameter_bytes
         out.emit(_fetch(core, isa.MEMORY_PARAMETER, source, parameters, length), DMA)
-    return out.run()
+        fetched += 8 * (part.index_bytes + length)
+    return out.run(), fetched
 
 
 def _spans(cells: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -53,6 +53,9 @@ class Choice:
         other: the arrays are opened once for all.
     fill_lead, fetch_lead : int
         How many loads' compute a filling that does not join precedes; how many more its fetching.
+    fetch_depth : int
+        Group-sets of later loads that each core's weight SRAM is to hold when the layer is done,
+        fetched for while the other cores compute.
     slots : "low" or "next"
         Which macro slots are tried first: the lowest, or those behind the load before.
     apart : bool
@@ -78,6 +81,7 @@ class Choice:
     join: bool = False
     fill_lead: int = 0
     fetch_lead: int = 0
+    fetch_depth: int = 0
     slots: Literal["low", "next"] = "low"
     apart: bool = False
     chained: bool = False

@@ -448,6 +448,7 @@ class Planner:
             order=choice.order if many else "loads",
             fetch_chunk=choice.chunk,
             slots=choice.slots,
+            fetch_depth=choice.fetch_depth,
             apart=choice.apart,
             chained=choice.chained,
             row_cuts=row_cuts,

@@ -170,6 +170,10 @@ class LayerSchedule:
         loads filled together are opened once.
     fetch_ahead : tuple of int
         The same for fetching, which is never behind filling: weights then wait in the weight SRAM.
+    fetch_depth : int
+        How many group-sets of later loads the weight SRAM of each core is to hold when the layer is
+        done. They are fetched while arrays are filled, as far as the port is free then; the rest
+        while the layer is computed, for one core after the other between its tiles.
     apart : bool
         Whether each core has a CONV of its own, which waits for no other core's weights.
     chained : bool
@@ -198,6 +202,7 @@ class LayerSchedule:
     slots: Literal["low", "next"] = "low"
     fill_ahead: tuple[int, ...] = ()
     fetch_ahead: tuple[int, ...] = ()
+    fetch_depth: int = 0
     apart: bool = False
     chained: bool = False
     row_cuts: tuple[int, ...] = ()

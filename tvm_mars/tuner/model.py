@@ -17,6 +17,7 @@ chunk            logarithm of the group-sets per FETCH
 join             whether its loads join the one before
 fill_lead        loads' compute that a filling precedes
 fetch_lead       how many more its fetching
+fetch_depth      group-sets that it leaves fetched, as a share of the array
 next             whether macro slots rotate
 apart            whether each core has a CONV of its own
 chained          whether its one kernel block is spread over the cores
@@ -107,6 +108,7 @@ def _layer_features(space: Space, layer: Layer, choice: Choice, largest: int) ->
         choice.join,
         choice.fill_lead,
         choice.fetch_lead,
+        choice.fetch_depth / capacity,
         choice.slots == "next",
         choice.apart,
         choice.chained,

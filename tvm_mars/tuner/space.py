@@ -46,6 +46,7 @@ __all__ = ["Share", "Space"]
 
 CHUNKS = (4, 8, 16, 32)
 LEADS = (0, 1, 2, 3)
+DEPTHS = (0, 8, 16, 24, 32, 48, 64)
 TILES = 4  # times as many tiles as the default has
 
 
@@ -343,6 +344,8 @@ class Space:
             "fetch_lead": LEADS,
             "slots": ("low", "next"),
         }
+        if self.arch.overlap == "none" and not alone:  # else cores compute while fetched for
+            chain["fetch_depth"] = DEPTHS
         return (
             ({} if alone and not many else chain)
             | {

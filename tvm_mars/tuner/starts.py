@@ -14,6 +14,7 @@ from mars_runtime.timing import RAW_WORDS
 from ..graph import Conv, Pool
 from ..schedule import Border, Point, ScheduleError
 from .space import Space, replaced
+from .staggering import staggered
 
 __all__ = ["bordered", "layout", "starts", "uniform"]
 
@@ -36,9 +37,22 @@ def starts(space: Space) -> Iterator[Point]:
         yield bordered(space, uniform(space, changes))
     ahead = uniform(space, joined | {"most": 8, "chunk": 4, "fetch_lead": 1})
     yield _first_alone(space, bordered(space, ahead))
+    if space.arch.overlap == "none":
+        yield from _in_turn(space)
     if space.arch.overlap == "full":
         for most, balanced in itertools.product((8, 12), (None, 1024, 256)):
             yield bordered(space, layout(space, most, balanced))
+
+
+def _in_turn(space: Space) -> Iterator[Point]:
+    """Yield points that fetch for one core while the others compute, where that is of use."""
+    for most in (8, 24):
+        joined = {"join": True, "chained": True, "most": most, "chunk": 4}
+        point = bordered(space, uniform(space, joined))
+        for trial in (point, _first_alone(space, point)):
+            found = staggered(space, trial)
+            if found != trial:
+                yield found
 
 
 def uniform(space: Space, changes: dict[str, Any]) -> Point:
