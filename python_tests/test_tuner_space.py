@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import pytest
 
-from mars_runtime import PRESETS, isa, simulate
+from mars_runtime import PRESETS, MarsArch, Region, isa, simulate
 from mars_runtime.errors import CapacityError
 from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
@@ -20,6 +20,7 @@ from python_tests.test_machine import (
     assert_macs,
     execute,
     network_of,
+    total,
 )
 from tvm_mars.codegen import generate
 from tvm_mars.compiler import NamedGraph, build_region
@@ -38,6 +39,9 @@ from tvm_mars.networks import resnet18, vgg16
 from tvm_mars.schedule import DEALINGS, Point, ScheduleError, plan, scheduled_steps
 from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.space import Space, replaced
+from tvm_mars.tuner.staggering import staggered
+from tvm_mars.tuner.starts import bordered as bordered_start
+from tvm_mars.tuner.starts import uniform
 
 MARS = PRESETS["mars"]
 NETWORKS = 200
@@ -329,6 +333,101 @@ def test_a_border_is_a_choice_where_it_meets_fewer_taps():
         (4, False, 3): None,
         (0, False, 1): None,
     }
+
+
+# -- fetching for one core while the others compute ------------------------------------------------
+
+
+def hidden(region: Region, arch: MarsArch) -> int:
+    """Give the cycles in which weights are fetched while some core computes."""
+    events = simulate(region, arch, trace=True).events
+    computes = [one for one in events if one.lane.endswith("compute")]
+    found = 0
+    for event in events:
+        if event.name == "FETCH weight":
+            busy = np.zeros(event.end - event.start, bool)
+            for one in computes:
+                busy[max(0, one.start - event.start) : max(0, one.end - event.start)] = True
+            found += int(busy.sum())
+    return found
+
+
+@pytest.mark.parametrize("name", ["mars", "prefetch", "full", "small", "one"])
+def test_cores_that_are_fetched_for_in_turn_give_the_codes(name, first_seed):
+    """Every layer leaves some group-sets fetched, beside random decisions."""
+    ran, behind = Counter[str](), 0
+    for seed in range(first_seed, first_seed + 24):
+        graph = network_of(seed)
+        try:
+            space = Space.of(graph, MACHINES[name])
+        except CapacityError:
+            continue
+        codes = codes_of(graph, seed)
+        values = evaluate_values(graph, codes)
+        rng = random.Random(f"{name} {seed}")
+        for _ in range(2):
+            point = drawn_point(space, rng)
+            for index, layer in enumerate(graph.layers):
+                if isinstance(layer, Conv):
+                    point = replaced(point, index, fetch_depth=rng.choice((1, 3, 8, 24, 200)))
+            ran[found := run_point(space, point, codes, values)] += 1
+            if found != "refused":
+                schedule = space.realize(point)
+                region = build_region(
+                    NamedGraph.of(graph), space.arch, scheduler=lambda *_, s=schedule: s
+                )
+                behind += hidden(region, space.arch)
+    assert ran["moved"] >= 12, ran
+    assert (behind > 0) == (name != "one"), behind
+
+
+def test_a_core_stands_still_for_its_own_weights_alone():
+    """Two dense layers that do not fit the arrays together, the first in four tiles.
+
+    By hand: the second's 36 group-sets a core take the port 16 cycles each, as long as they are
+    filled, so that the port is never free meanwhile. Fetched for all cores before the first layer
+    computes, the last waits for 4 x 576 cycles; in turn, each for its own 576. Tables come on top,
+    and the last FILL before leaves the port free.
+    """
+    rng = np.random.default_rng(0)
+    kind = MapType(16, 16, 16, 8)
+    shapes = [(64, 16, 1, 1), (64, 64, 3, 3), (64, 64, 3, 3)]
+    layers = [
+        Conv(
+            f"conv{number}",
+            [ConvTerm(source, rng.integers(1, 100, shape), padding=(shape[2] // 2,) * 4)],
+            np.zeros(64),
+            Requant.eq5(8, 17),
+        )
+        for number, (source, shape) in enumerate(zip(("x0", "conv0", "conv1"), shapes, strict=True))
+    ]
+    output = Output("conv2", (64, 16, 16), Dequantize("uint8"))
+    graph = Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], layers, [output])
+    arch = attrs.evolve(MARS, macro_write_bits=128, array_fill_cycles=0)
+    space = Space.of(graph, arch)
+    tiles = replaced(space.default, 1, tile=(4, 16))
+    points = [tiles, replaced(tiles, 2, fetch_lead=1), replaced(tiles, 1, fetch_depth=36)]
+    codes = codes_of(graph, 0)
+    values = evaluate_values(graph, codes)
+    assert {run_point(space, point, codes, values) for point in points} == {"moved"}
+    alone, together, in_turn = (space.time(point).layers[1].cycles for point in points)
+    fetch = 36 * 16
+    assert together - alone == pytest.approx(4 * fetch, rel=0.05)
+    assert in_turn - alone == pytest.approx(fetch, rel=0.05)
+
+
+def test_what_the_port_lacks_is_fetched_ahead():
+    """At 32 bit the arrays take longer than the port: nothing is to be gained. At 128 bit it is."""
+    for bits in (32, 128):
+        space = Space.of(vgg16(activation_bits=4), attrs.evolve(MARS, macro_write_bits=bits))
+        point = bordered_start(space, uniform(space, {"join": True, "most": 24, "chunk": 4}))
+        found = staggered(space, point)
+        assert (found == point) == (bits == 32)
+        if bits == 128:
+            before, after = space.time(point), space.time(found)
+            assert after.cycles < 0.94 * before.cycles
+            fetched = [total(time.layers).fetched_bits for time in (before, after)]
+            assert fetched[0] == fetched[1]
 
 
 @pytest.mark.parametrize("name", ["mars", "prefetch", "full", "small"])

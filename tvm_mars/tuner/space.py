@@ -14,8 +14,9 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.errors import CapacityError
 from mars_runtime.maps import MapType
+from mars_runtime.packing import group_set_bytes
 from mars_runtime.timeline import Timeline
-from mars_runtime.timing import RAW_WORDS, fill_cost
+from mars_runtime.timing import RAW_WORDS, fill_cost, offchip_cycles
 
 from ..codegen import time_schedule
 from ..compiler import pack
@@ -344,7 +345,7 @@ class Space:
             "fetch_lead": LEADS,
             "slots": ("low", "next"),
         }
-        if self.arch.overlap == "none" and not alone:  # else cores compute while fetched for
+        if self.arch.overlap == "none" and not alone and self._port_lacks(packed.weight_bits):
             chain["fetch_depth"] = DEPTHS
         return (
             ({} if alone and not many else chain)
@@ -359,6 +360,13 @@ class Space:
             }
             | ({"chained": (False, True)} if chains else {})
         )
+
+    def _port_lacks(self, weight_bits: int) -> bool:
+        """Tell whether all cores' arrays are filled faster than the port fetches for them."""
+        slots = self.arch.slots(weight_bits)
+        filled = self.arch.array_fill_cycles + fill_cost(self.arch, slots, weight_bits).cycles
+        bits = 8 * group_set_bytes(weight_bits) * slots * self.arch.cores
+        return offchip_cycles(self.arch, bits) > filled
 
     def _cutting(self, layer: Conv, fused: bool) -> tuple[Border, ...]:
         """Give the choices of a border that cut more than the one before."""

@@ -7,6 +7,8 @@ the other, while those that it does not fetch for compute, costs each core its o
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 from mars_runtime.packing import group_set_bytes
@@ -19,9 +21,7 @@ from .space import Space, replaced
 
 __all__ = ["staggered"]
 
-PLACES = 3  # tiles at which the cores take turns
-SHARE = 0.5  # of the time that a layer computes, in which the port may fetch behind it
-SLACK = 1.05  # times the cycles that the port is known to need: what it waits besides
+PLACES = 3  # tiles behind which the cores take turns
 
 
 @attrs.define
@@ -37,28 +37,34 @@ class _Turn:
 def staggered(space: Space, point: Point) -> Point:
     """Give a point whose layers fetch ahead what the port cannot fetch while arrays are filled.
 
-    From the last filling to the first: what the port lacks there, it fetches behind the compute
-    before, or behind that before, where it would take too much of a layer's time. These layers are
-    cut into tiles, between which the cores take turns, unless their input is moved by tiles.
+    What the port lacks for a filling it fetches behind the compute before that, for no longer than
+    that takes; and else behind what lies before. Layers that fetch are cut into tiles, between
+    which the cores take turns, unless their input is moved by tiles.
     """
     turns = _turns(space, point)
+    # Cycles of the port: from the last turn to the first, what is lacking behind each; then, from
+    # the first to the last, what of that can be there.
+    lacking = [0.0]
+    for turn in reversed(turns):
+        lacking.append(max(0.0, max(0.0, lacking[-1] - turn.work) + turn.excess))
+    ahead = 0.0
     depths: dict[int, int] = {}  # by layer
     rows: dict[int, int] = {}  # by layer, its turns in a row without filling, where they are fewest
-    lacking, row = 0.0, 0  # cycles of the port
-    for number, turn in reversed(list(enumerate(turns))):
+    row = 0
+    for number, turn in enumerate(turns):
+        packed = space.packed[space.graph.layers[turn.index].name]
+        size = 8 * group_set_bytes(packed.weight_bits)
+        each = space.arch.cores * offchip_cycles(space.arch, size)
+        room = space.arch.weight_sram_bits // size * each
+        ahead = max(0.0, ahead - turn.excess) + turn.work
+        ahead = min(ahead, room, lacking[len(turns) - 1 - number])
+        if ahead > 0:
+            depths[turn.index] = max(depths.get(turn.index, 0), math.ceil(ahead / each))
         row += 1
-        if lacking > 0:
-            size = 8 * group_set_bytes(
-                space.packed[space.graph.layers[turn.index].name].weight_bits
-            )
-            each = space.arch.cores * offchip_cycles(space.arch, size)
-            depths[turn.index] = max(depths.get(turn.index, 0), int(-(-lacking // each)))
-            lacking = max(0.0, lacking - SHARE * turn.work)
-        if turn.filled or not number or turns[number - 1].index != turn.index:
+        follows = turns[number + 1] if number + 1 < len(turns) else None
+        if follows is None or follows.filled or follows.index != turn.index:
             rows[turn.index] = min(rows.get(turn.index, row), row)
             row = 0
-        if turn.filled:
-            lacking = max(0.0, lacking + turn.excess)
     for index, depth in depths.items():
         point = replaced(point, index, fetch_depth=depth)
         point = _cut(space, point, index, -(-PLACES // rows[index]))
@@ -76,17 +82,19 @@ def _turns(space: Space, point: Point) -> list[_Turn]:
         if not isinstance(layer, Conv):
             continue
         packed, busy = space.packed[layer.name], space.share(layer, point.choices[index]).busy
-        for load, ahead in zip(
-            entry.loads, entry.fill_ahead or (0,) * len(entry.loads), strict=True
-        ):
+        aheads = entry.fill_ahead or (0,) * len(entry.loads)
+        for load, ahead in zip(entry.loads, aheads, strict=True):
             turns.append(_Turn(index, busy / len(entry.loads)))
             first = max(first, len(turns) - 1 - ahead)
             filling, parts = turns[first], load_parts(packed, load)
             if not filling.filled:
                 filling.filled, filling.excess = True, -space.arch.array_fill_cycles
-            port = offchip_cycles(space.arch, 8 * (parts.table_bytes + parts.weight_bytes))
-            fill = fill_cost(space.arch, max(1, parts.most_group_sets), packed.weight_bits).cycles
-            filling.excess += SLACK * port - fill
+            filling.excess += offchip_cycles(
+                space.arch, 8 * (parts.table_bytes + parts.weight_bytes)
+            )
+            if parts.filling:
+                most = parts.most_group_sets
+                filling.excess -= fill_cost(space.arch, most, packed.weight_bits).cycles
     return turns
 
 

@@ -46,11 +46,11 @@ def starts(space: Space) -> Iterator[Point]:
 
 def _in_turn(space: Space) -> Iterator[Point]:
     """Yield points that fetch for one core while the others compute, where that is of use."""
-    for most in (8, 24):
-        joined = {"join": True, "chained": True, "most": most, "chunk": 4}
-        point = bordered(space, uniform(space, joined))
+    for most in (12, 24, 40):
+        changes = {"join": True, "chained": True, "most": most, "chunk": 4}
+        point = bordered(space, uniform(space, changes))
         for trial in (point, _first_alone(space, point)):
-            found = staggered(space, trial)
+            found = staggered(space, trial) if _has_room(space, trial) else trial
             if found != trial:
                 yield found
 
