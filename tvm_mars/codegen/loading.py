@@ -70,6 +70,7 @@ class Loaded:
     fetched: dict[int, int] = attrs.field(factory=dict)  # by core, the last FETCH of its tables
     filled: dict[int, int] = attrs.field(factory=dict)  # by core, the last FILL
     readers: dict[Lanes, int] = attrs.field(factory=dict)  # by lanes, the last CONV
+    ahead: int = 0  # bits that were fetched before it was filled
 
     @property
     def tables(self) -> tuple[int, int, int, int]:
@@ -202,8 +203,8 @@ class Loader:
         self.waiting: dict[int, list[_Part]] = {}  # by turn, what is fetched and not filled
         # By turn and tile, which parts are fetched before it for a core; the last are behind all.
         self.behind: dict[tuple[int, int], list[tuple[_Part, int]]] = {}
-        # Loads that were filled before this turn; cycles that the port is free while others are.
-        self.filled_before = self.spare = 0
+        self.filled_before = 0  # loads, when this turn began
+        self.opening = False  # whether arrays were opened in this turn
 
     def _due(self, ahead: Sequence[int]) -> list[int]:
         """Give the turn before which each load is due; never before that of an earlier load."""
@@ -215,7 +216,7 @@ class Loader:
 
     def own(self, turn: int) -> None:
         """Emit what a turn needs itself."""
-        self.filled_before, self.spare = self.filled, 0
+        self.filled_before, self.opening = self.filled, False
         while self.filled < len(self.turns) and self.turns[self.filled][0] <= turn:
             self._fill()
 
@@ -227,7 +228,8 @@ class Loader:
             while self.fetched < len(self.turns) and self.fetch_due[self.fetched] <= turn:
                 self._fetch(self._part())
             self._deepen(turn)
-        self._fetch_behind(turn, tile)
+        if self.behind:
+            self._fetch_behind(turn, tile)
 
     def computes(self, cores: Sequence[int]) -> None:
         """Note that cores compute, which closes their arrays."""
@@ -235,13 +237,15 @@ class Loader:
 
     def after(self, turn: int) -> None:
         """Free what a turn needed."""
-        self._fetch_behind(turn, len(self.all_turns[turn].tiles))
+        if self.behind:
+            self._fetch_behind(turn, len(self.all_turns[turn].tiles))
         for ring in (self.index, self.parameters, self.slots):
             ring.held.pop(turn, None)
 
     # -- fetching ahead --------------------------------------------------------------------------
 
     def _fetch_behind(self, turn: int, tile: int) -> None:
+        """Fetch what is due before a tile of a turn, or behind the last of them."""
         for part, core in self.behind.pop((turn, tile), ()):
             self._fetch(part, core)
 
@@ -257,8 +261,9 @@ class Loader:
         if not here.schedule.fetch_depth or not (begins or self.filled > self.filled_before):
             return
         depth = here.schedule.fetch_depth
-        while part := self._next_part(depth, self.spare):
-            self.spare -= self._fetch(part)
+        spare = self._spare()
+        while part := self._next_part(depth, spare):
+            spare -= offchip_cycles(self.arch, self._fetch(part))
         parts = list(iter(lambda: self._next_part(depth), None))
         end = self.fill_due[self.filled] if self.filled < len(self.turns) else len(self.all_turns)
         alike = itertools.takewhile(
@@ -269,6 +274,19 @@ class Loader:
         for core in range(self.arch.cores):
             place = places[(len(places) - 1) * core // max(1, self.arch.cores - 1)]
             self.behind.setdefault(place, []).extend((part, core) for part in parts)
+
+    def _spare(self) -> int:
+        """Give for how many cycles the port is free while the arrays are filled in this turn."""
+        spare = self.arch.array_fill_cycles if self.opening else 0
+        for number, turn in self.turns[self.filled_before : self.filled]:
+            loaded = self.loaded[number]
+            parts = loaded.image.parts
+            bits = 8 * (parts.table_bytes + parts.weight_bytes) - loaded.ahead
+            spare -= offchip_cycles(self.arch, bits)
+            if parts.filling:
+                weight_bits = self.packed[turn.schedule.layer].weight_bits
+                spare += fill_cost(self.arch, parts.most_group_sets, weight_bits).cycles
+        return spare
 
     def _next_part(self, depth: int, cycles: int | None = None) -> _Part | None:
         """Give a place to what is fetched next, so far as it is wanted and has room.
@@ -330,23 +348,25 @@ class Loader:
 
         Returns
         -------
-        For how many cycles the port is taken.
+        How many bits are fetched.
         """
         loaded, size = self.loaded[part.turn], self._size(self.all_turns[part.turn])
-        image = loaded.image
-        cores = tuple(one for one in image.parts.cores if core in (None, one))
-        missing = tuple(one for one in cores if one not in loaded.fetched)
-        cycles = self._tables(loaded, missing) if missing else 0
+        image, length = loaded.image, 0
+        cores = [one for one in image.parts.cores if core in (None, one)]
+        missing = tuple([one for one in cores if one not in loaded.fetched])
+        if missing:
+            self._tables(loaded, missing)
+            tables = [image.parts.cores[one] for one in missing]
+            length += sum(one.index_bytes + one.parameter_bytes for one in tables)
         for one in cores:
-            if one not in part.at:
-                continue
-            at, count = part.at[one]
-            source = self.weights_base + image.weights + image.parts.cores[one].weights
-            part.fetches[one] = self._fetch_weights(
-                one, source + part.first * size, count * size, at
-            )
-            cycles += offchip_cycles(self.arch, 8 * count * size)
-        return cycles
+            if one in part.at:
+                at, count = part.at[one]
+                source = self.weights_base + image.weights + image.parts.cores[one].weights
+                source += part.first * size
+                part.fetches[one] = self._fetch_weights(one, source, count * size, at)
+                length += count * size
+        loaded.ahead += 8 * length
+        return 8 * length
 
     # -- one load --------------------------------------------------------------------------------
 
@@ -365,10 +385,7 @@ class Loader:
         self._prepare(image)
         if number not in self.loaded:
             self._place_tables(number, image)
-        loaded = self.loaded[number]
-        missing = tuple(core for core in image.parts.cores if core not in loaded.fetched)
-        if missing:
-            self.spare -= self._tables(loaded, missing)
+            self._tables(self.loaded[number], tuple(image.parts.cores))
         self._slot(number, turn, image, weight_bits)
         for part in self.waiting.pop(number, ()):
             for core, (at, count) in part.at.items():
@@ -379,9 +396,6 @@ class Loader:
             self._fetch_and_fill(number, turn, image, weight_bits)
             self.fetched, self.started = self.fetched + 1, 0
         self.filled += 1
-        if image.parts.filling:
-            most = image.parts.most_group_sets
-            self.spare += fill_cost(self.arch, most, weight_bits).cycles
 
     def _fetch_and_fill(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> None:
         """Fetch what is left of a load and fill the arrays, the two hops in chunks."""
@@ -405,7 +419,6 @@ class Loader:
             lane, count = load_lanes(1 << core), image.parts.cores[core].group_sets - begun
             readers = self.slot_cells[core].take(loaded.slot + begun, count, loaded, chunk)
             after += [(fills[part], lane, other, last) for part, other, last in readers]
-            self.spare -= offchip_cycles(self.arch, 8 * count * self._size(turn))
         start = self.out.append(chunks.run, after)
         for core, next in chunks.next.items():
             self.weight[core].next = next
@@ -420,7 +433,7 @@ class Loader:
         mask = sum(1 << core for core in closed)
         self.out.emit(isa.Prepare(cores=mask), load_lanes(mask))
         self.open.update(closed)
-        self.spare += self.arch.array_fill_cycles
+        self.opening = True
 
     def _place_tables(self, number: int, image: LoadImage) -> None:
         """Give tables the same addresses on every core, so that one CONV serves them all."""
@@ -430,10 +443,10 @@ class Loader:
         self.parameters.held[number] = at[1], at[1] + parameters
         self.loaded[number] = Loaded(image, *at)
 
-    def _tables(self, loaded: Loaded, cores: tuple[int, ...]) -> int:
-        """Fetch a load's tables for some of its cores; give for how long the port is taken."""
+    def _tables(self, loaded: Loaded, cores: tuple[int, ...]) -> None:
+        """Fetch a load's tables for some of its cores."""
         index, parameters = loaded.index, loaded.parameters
-        run, bits = _table_run(loaded.image.parts, cores, loaded.image.tables, index, parameters)
+        run = _table_run(loaded.image.parts, cores, loaded.image.tables, index, parameters)
         after = []
         for place, core in enumerate(cores):
             part = loaded.image.parts.cores[core]
@@ -443,7 +456,6 @@ class Loader:
             after += [(2 * place + 1, DMA, lanes, reader) for _, lanes, reader in readers]
         start = self.out.append(run, after)
         loaded.fetched |= {core: start + 2 * place + 1 for place, core in enumerate(cores)}
-        return offchip_cycles(self.arch, bits)
 
     def _slot(self, number: int, turn: Turn, image: LoadImage, weight_bits: int) -> None:
         """Choose the first macro slot, the same on every core."""
@@ -598,22 +610,16 @@ def _chunks(
 @functools.lru_cache(maxsize=4096)
 def _table_run(
     parts: LoadParts, cores: tuple[int, ...], tables: int, index: int, parameters: int
-) -> tuple[TransferRun, int]:
-    """Make the FETCHes of a load's tables, for each core those of its codes and parameters.
-
-    Returns
-    -------
-    They, and how many bits they bring.
-    """
-    out, fetched = Emitter(), 0
+) -> TransferRun:
+    """Make the FETCHes of a load's tables: for each core those of its codes and parameters."""
+    out = Emitter()
     for core in cores:
         part = parts.cores[core]
         fetch = _fetch(core, isa.MEMORY_INDEX, tables + part.index, index, part.index_bytes)
         out.emit(fetch, DMA)
         source, length = tables + part.parameters, part.parameter_bytes
         out.emit(_fetch(core, isa.MEMORY_PARAMETER, source, parameters, length), DMA)
-        fetched += 8 * (part.index_bytes + length)
-    return out.run(), fetched
+    return out.run()
 
 
 def _spans(cells: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -38,8 +38,8 @@ plus all fetching.
 map that leaves.
 
 What it leaves out makes it too small: kernel blocks do not divide evenly over cores, a core holds
-what it computes with while it is filled, drains, tables, maps that enter; and, without overlap, that cores
-which are filled together stand still while the port fetches for the others.
+what it computes with while it is filled, drains, tables, maps that enter; and, without overlap,
+that cores which are filled together stand still while the port fetches for the others.
 """
 
 from __future__ import annotations
