@@ -252,9 +252,8 @@ class Loader:
     def _deepen(self, turn: int) -> None:
         """Fetch what a turn's layer is to leave in the weight SRAMs.
 
-        While arrays are filled, what the port can bring meanwhile. The rest core by core between
-        the tiles that are computed before arrays are filled again: those who are not fetched for
-        compute.
+        While arrays are filled, what the port can bring meanwhile; the rest core by core between
+        the tiles that are computed until arrays are filled again, so that the others compute.
         """
         here = self.all_turns[turn]
         begins = not turn or self.all_turns[turn - 1].layer != here.layer
@@ -304,8 +303,7 @@ class Loader:
         _, turn = self.turns[self.fetched]
         parts = self._image(turn).parts
         if cycles is not None and parts.filling:
-            size = 8 * group_set_bytes(self.packed[turn.schedule.layer].weight_bits)
-            row = len(parts.filling) * offchip_cycles(self.arch, size)
+            row = len(parts.filling) * offchip_cycles(self.arch, 8 * self._size(turn))
             wanted = min(wanted, cycles // row)
             if wanted <= 0:
                 return None

@@ -45,10 +45,22 @@ def starts(space: Space) -> Iterator[Point]:
 
 
 def _in_turn(space: Space) -> Iterator[Point]:
-    """Yield points that fetch for one core while the others compute, where that is of use."""
-    for most in (12, 24, 40):
-        changes = {"join": True, "chained": True, "most": most, "chunk": 4}
-        point = bordered(space, uniform(space, changes))
+    """Yield points that fetch for one core while the others compute, where that is of use.
+
+    Their loads are large where maps are, and small where filling takes longest: those leave less of
+    the arrays empty.
+    """
+    types = space.graph.types
+    sizes = [types[layer.name].height * types[layer.name].width for layer in space.graph.layers]
+    for most, few, pixels in ((40, 40, 0), (40, 24, 64), (24, 8, 16)):
+        large, small = (
+            uniform(space, {"join": True, "chained": True, "most": limit, "chunk": 4}).choices
+            for limit in (most, few)
+        )
+        chosen = (
+            small[index] if size <= pixels else large[index] for index, size in enumerate(sizes)
+        )
+        point = bordered(space, Point(tuple(chosen)))
         for trial in (point, _first_alone(space, point)):
             found = staggered(space, trial) if _has_room(space, trial) else trial
             if found != trial:
