@@ -66,7 +66,7 @@ def _initialize() -> None:
 def assembly(kernels: tuple[Kernel, ...], processor: Processor) -> str:
     """Give the assembly that kernels are compiled to."""
     _initialize()
-    text = module_text(kernels, processor.triple, processor.features)
+    text = module_text(kernels, processor.triple)
     return str(processor.target_machine().emit_assembly(llvm.parse_assembly(text)))
 
 

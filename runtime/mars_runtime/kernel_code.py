@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import attrs
@@ -47,8 +47,6 @@ FIELDS = (
     "source_block",  # bytes from block to block, of pools and additions
     "residual_block",
     "out_block",
-    "least",  # what accumulators are clamped to before they are scaled
-    "most",
     "zero",
     "low",
     "high",
@@ -119,9 +117,8 @@ class ConvKernel:
         In what numbers accumulators are scaled.
     monotone : bool
         Whether the larger accumulator gives the larger code.
-    clamped, trivial : bool
-        Whether accumulators are clamped before they are scaled; whether codes need neither zero
-        point nor clamp.
+    zero_point, clamped : bool
+        Whether a zero point is added; whether codes keep to other limits than those of a byte.
     split : int
         Vectors that are summed side by side, for tiles of few pixels.
     diagonal : bool
@@ -137,14 +134,14 @@ class ConvKernel:
     out: tuple[int, ...]
     requantization: Requantization
     monotone: bool
+    zero_point: bool
     clamped: bool
-    trivial: bool
     split: int
     diagonal: bool
 
-    def text(self, name: str, fma: bool) -> str:
+    def text(self, name: str) -> str:
         """Give the kernel's LLVM IR."""
-        return _conv(self, name, fma)
+        return _conv(self, name)
 
 
 @attrs.frozen
@@ -153,7 +150,7 @@ class PoolKernel:
 
     average: bool
 
-    def text(self, name: str, fma: bool) -> str:
+    def text(self, name: str) -> str:
         """Give the kernel's LLVM IR."""
         return _pool(self, name)
 
@@ -164,7 +161,7 @@ class AddKernel:
 
     operands: int
 
-    def text(self, name: str, fma: bool) -> str:
+    def text(self, name: str) -> str:
         """Give the kernel's LLVM IR."""
         return _add(self, name)
 
@@ -174,6 +171,8 @@ Kernel: TypeAlias = ConvKernel | PoolKernel | AddKernel
 
 # -- LLVM IR ---------------------------------------------------------------------------------------
 
+_I8 = "<64 x i8>"
+_I16 = "<32 x i16>"
 _I32 = "<16 x i32>"
 _I64 = "<16 x i64>"
 
@@ -214,18 +213,19 @@ class _Code:
         """Load an int32 as int64."""
         return self.set(f"sext i32 {self.load('i32', pointer, 4)} to i64")
 
-    def splat(self, value: str, type: str = "i32") -> str:
-        vector = f"<16 x {type}>"
+    def splat(self, value: str, vector: str) -> str:
+        count, _, type = vector.strip("<>").partition(" x ")
         one = self.set(f"insertelement {vector} poison, {type} {value}, i64 0")
         return self.set(
-            f"shufflevector {vector} {one}, {vector} poison, <16 x i32> zeroinitializer"
+            f"shufflevector {vector} {one}, {vector} poison, <{count} x i32> zeroinitializer"
         )
 
-    def constant(self, field: str, type: str = "i32") -> str:
-        value = self.field(field)
+    def constant(self, field: str, vector: str) -> str:
+        """Give a number of the step in every place of a vector."""
+        value, type = self.field(field), vector.strip("<>").partition(" x ")[2]
         if type != "i64":
             value = self.set(f"trunc i64 {value} to {type}")
-        return self.splat(value, type)
+        return self.splat(value, vector)
 
     def binary(self, operation: str, type: str, a: str, b: str) -> str:
         return self.set(f"{operation} {type} {a}, {b}")
@@ -323,7 +323,7 @@ class _Dot:
         """Give the four inputs of each output."""
         code = self.code
         if not self.diagonal:
-            return code.splat(code.load("i32", pointer, 4))
+            return code.splat(code.load("i32", pointer, 4), _I32)
         pixels = code.load("<64 x i8>", pointer, 16)
         lanes = ", ".join(f"i32 {16 * pixel + i}" for i in range(16) for pixel in range(4))
         mixed = code.set(
@@ -372,24 +372,17 @@ class _Dot:
         return code.binary("add", _I32, low, code.binary("ashr", _I32, both, sixteen))
 
 
-# 1.5 * 2**23 and 1.5 * 2**52: added to a smaller number, the sum's last bits are its integer.
-_MAGIC32, _MAGIC64 = 0x4B400000, 0x4338000000000000
-# LLVM IR writes either as the bits of a double.
-_MAGICS = {True: "0x4168000000000000", False: "0x4338000000000000"}
-
-
 class _Requantizer:
     """Turns accumulators into codes, with what a block's parameters and the step say."""
 
-    def __init__(self, code: _Code, kernel: ConvKernel, fma: bool) -> None:
-        self.code, self.kernel, self.fma = code, kernel, fma
-        if kernel.requantization == "raw":
-            return
+    def __init__(self, code: _Code, kernel: ConvKernel) -> None:
+        self.code, self.kernel = code, kernel
+        self.packs = kernel.variant == "avx512-vnni"
+        shorts, bytes = ((_I16, _I8) if self.packs else (_I32, _I32))
+        if kernel.zero_point:
+            self.zero = code.constant("zero", shorts)
         if kernel.clamped:
-            self.least, self.most = code.constant("least"), code.constant("most")
-        self.zero, self.low, self.high = (code.constant(n) for n in ("zero", "low", "high"))
-        magic = _MAGIC32 if kernel.requantization == "float32" else _MAGIC64 & 0xFFFFFFFF
-        self.offset = code.set(f"sub {_I32} splat (i32 {magic}), {self.zero}")
+            self.low, self.high = code.constant("low", bytes), code.constant("high", bytes)
 
     def block(self, parameters: str) -> None:
         code, kind = self.code, self.kernel.requantization
@@ -402,44 +395,93 @@ class _Requantizer:
                 code.load(_I64, code.at(parameters, 128 * i), 64) for i in (1, 2, 3, 4)
             )
 
-    def codes(self, acc: str) -> str:
+    def scaled(self, acc: str) -> str:
+        """Scale and round an accumulator; what lies far outside a byte may be cut."""
+        code, kind = self.code, self.kernel.requantization
+        if kind == "raw":
+            return acc
+        if kind == "int64":
+            wide = code.set(f"sext {_I32} {acc} to {_I64}")
+            product = code.binary("mul", _I64, wide, self.multiplier)
+            found = _rounded(code, product, self.shift, self.addend, self.odd)
+            return _clamped64(code, found, *(f"splat (i64 {limit})" for limit in _FAR))
+        type, suffix = {
+            "float32": ("<16 x float>", "v16f32"),
+            "float64": ("<16 x double>", "v16f64"),
+        }[kind]
+        real = code.set(f"sitofp {_I32} {acc} to {type}")
+        real = code.binary("fmul", type, real, self.scale)
+        if kind == "float32":
+            return code.set(f"call {_I32} @llvm.lrint.v16i32.{suffix}({type} {real})")
+        # lrint of these becomes scalar instructions on Arm.
+        return code.set(f"fptosi {type} {code.call(f'rint.{suffix}', type, real)} to {_I32}")
+
+    def store(self, values: Sequence[str], to: str, places: Sequence[int]) -> None:
+        """Store what was scaled as codes; vectors of 16 for each place."""
         code, kernel = self.code, self.kernel
         if kernel.requantization == "raw":
-            return acc
-        if kernel.clamped:
-            acc = code.call("smax.v16i32", _I32, acc, self.least)
-            acc = code.call("smin.v16i32", _I32, acc, self.most)
-        if kernel.requantization == "int64":
-            wide = code.set(f"sext {_I32} {acc} to {_I64}")
-            found = _rounded(
-                code,
-                code.binary("mul", _I64, wide, self.multiplier),
-                self.shift,
-                self.addend,
-                self.odd,
-            )
-            return _clamped64(code, found, self.zero, self.low, self.high)
-        found = code.binary("sub", _I32, self._steps(acc), self.offset)
-        if kernel.trivial:
-            return found
-        found = code.call("smax.v16i32", _I32, found, self.low)
-        return code.call("smin.v16i32", _I32, found, self.high)
+            for value, place in zip(values, places, strict=True):
+                code.do(f"store {_I32} {value}, ptr {code.at(to, place)}, align 64")
+            return
+        together = 4 if self.packs else 1
+        for first in range(0, len(places), together):
+            few = values[first : first + together]
+            codes = self._packed(few) if self.packs else self._narrowed(few[0])
+            _store_bytes(code, codes, 16 * together, to, places[first : first + together])
 
-    def _steps(self, acc: str) -> str:
-        """Scale and round to the last bits of a floating point number."""
-        code = self.code
-        single = self.kernel.requantization == "float32"
-        type, suffix = ("<16 x float>", "v16f32") if single else ("<16 x double>", "v16f64")
-        magic = f"splat ({'float' if single else 'double'} {_MAGICS[single]})"
-        real = code.set(f"sitofp {_I32} {acc} to {type}")
-        if self.fma:
-            real = code.call(f"fma.{suffix}", type, real, self.scale, magic)
-        else:
-            real = code.binary("fadd", type, code.binary("fmul", type, real, self.scale), magic)
-        if single:
-            return code.set(f"bitcast {type} {real} to {_I32}")
-        bits = code.set(f"bitcast {type} {real} to {_I64}")
-        return code.set(f"trunc {_I64} {bits} to {_I32}")
+    def _narrowed(self, value: str) -> str:
+        """Give the bytes of one vector."""
+        code, kernel = self.code, self.kernel
+        if kernel.zero_point:
+            value = code.binary("add", _I32, value, self.zero)
+        limits = (self.low, self.high) if kernel.clamped else ("zeroinitializer", "splat (i32 255)")
+        for function, limit in zip(("smax", "smin"), limits, strict=True):
+            value = code.call(f"{function}.v16i32", _I32, value, limit)
+        return code.set(f"trunc {_I32} {value} to <16 x i8>")
+
+    def _packed(self, values: Sequence[str]) -> str:
+        """Give the bytes of up to four vectors: packed with saturation, then put in order."""
+        code, kernel = self.code, self.kernel
+        pack = "call <32 x i16> @llvm.x86.avx512.packssdw.512"
+        four = [*values, *values[-1:] * (4 - len(values))]
+        pairs = [
+            code.set(f"{pack}({_I32} {a}, {_I32} {b})")
+            for a, b in zip(four[::2], four[1::2], strict=True)
+        ]
+        if kernel.zero_point:
+            pairs = [code.call("sadd.sat.v32i16", _I16, pair, self.zero) for pair in pairs]
+        pack = "call <64 x i8> @llvm.x86.avx512.packuswb.512"
+        codes = code.set(f"{pack}({_I16} {pairs[0]}, {_I16} {pairs[1]})")
+        if kernel.clamped:
+            codes = code.call("umax.v64i8", _I8, codes, self.low)
+            codes = code.call("umin.v64i8", _I8, codes, self.high)
+        # A quarter of the register holds four channels of each vector.
+        words = code.set(f"bitcast {_I8} {codes} to {_I32}")
+        lanes = ", ".join(f"i32 {4 * part + vector}" for vector in range(4) for part in range(4))
+        words = code.set(f"shufflevector {_I32} {words}, {_I32} poison, <16 x i32> <{lanes}>")
+        return code.set(f"bitcast {_I32} {words} to {_I8}")
+
+
+# Beyond every code, zero point added or not.
+_FAR = (-(2**15), 2**15 - 1)
+
+
+def _store_bytes(code: _Code, codes: str, size: int, to: str, places: Sequence[int]) -> None:
+    """Store 16 bytes at each place, together where places follow each other."""
+    first = 0
+    while first < len(places):
+        stop = first + 1
+        while stop < len(places) and places[stop] == places[stop - 1] + 16:
+            stop += 1
+        part, count = codes, 16 * (stop - first)
+        if count < size:
+            lanes = ", ".join(f"i32 {16 * first + i}" for i in range(count))
+            part = code.set(
+                f"shufflevector <{size} x i8> {codes}, <{size} x i8> poison, "
+                f"<{count} x i32> <{lanes}>"
+            )
+        code.do(f"store <{count} x i8> {part}, ptr {code.at(to, places[first])}, align 16")
+        first = stop
 
 
 def _rounded(code: _Code, value: str, shift: str, addend: str, odd: str) -> str:
@@ -449,16 +491,14 @@ def _rounded(code: _Code, value: str, shift: str, addend: str, odd: str) -> str:
     return code.binary("ashr", _I64, raised, shift)
 
 
-def _clamped64(code: _Code, value: str, zero: str, low: str, high: str) -> str:
-    """Add the zero point to int64 and clamp, to int32."""
-    zero, low, high = (code.set(f"sext {_I32} {v} to {_I64}") for v in (zero, low, high))
-    found = code.binary("add", _I64, value, zero)
-    found = code.call("smax.v16i64", _I64, found, low)
+def _clamped64(code: _Code, value: str, low: str, high: str) -> str:
+    """Clamp int64, to int32."""
+    found = code.call("smax.v16i64", _I64, value, low)
     found = code.call("smin.v16i64", _I64, found, high)
     return code.set(f"trunc {_I64} {found} to {_I32}")
 
 
-def _conv(kernel: ConvKernel, name: str, fma: bool) -> str:
+def _conv(kernel: ConvKernel, name: str) -> str:
     code = _Code()
     code.label("entry")
     count = len(kernel.sources)
@@ -468,10 +508,10 @@ def _conv(kernel: ConvKernel, name: str, fma: bool) -> str:
     pointers = ("starts", "offsets", "weights", "parameters", "tiles", "out")
     starts, offsets, weights, parameters, tiles, out = (code.field(n, "ptr") for n in pointers)
     out_block = code.field("out_block")
-    requantizer = _Requantizer(code, kernel, fma)
+    requantizer = _Requantizer(code, kernel)
     if kernel.residual is not None:
         residual, residual_block = code.field("residual", "ptr"), code.field("residual_block")
-        residual_shift = code.constant("residual_shift")
+        residual_shift = code.constant("residual_shift", _I32)
     with code.loop("block", first_block, last_block) as block:
         own = code.at(parameters, block, PARAMETER_BYTES)
         bias = code.load(_I32, own, 64)
@@ -502,18 +542,17 @@ def _conv(kernel: ConvKernel, name: str, fma: bool) -> str:
                     wide = code.binary("shl", _I32, wide, residual_shift)
                     sums[i] = code.binary("add", _I32, sums[i], wide)
             if not kernel.monotone:
-                sums = [requantizer.codes(acc) for acc in sums]
+                sums = [requantizer.scaled(acc) for acc in sums]
+            best = [
+                functools.reduce(
+                    lambda a, b: code.call("smax.v16i32", _I32, a, b), sums[i : i + kernel.window]
+                )
+                for i in range(0, pixels, kernel.window)
+            ]
+            if kernel.monotone:
+                best = [requantizer.scaled(acc) for acc in best]
             at = code.at(to, code.number(code.at(entry, 4 * count + 4)))
-            for i, place in enumerate(kernel.out):
-                window = sums[i * kernel.window : (i + 1) * kernel.window]
-                best = functools.reduce(lambda a, b: code.call("smax.v16i32", _I32, a, b), window)
-                if kernel.monotone:
-                    best = requantizer.codes(best)
-                if kernel.requantization == "raw":
-                    code.do(f"store {_I32} {best}, ptr {code.at(at, place)}, align 64")
-                    continue
-                narrow = code.set(f"trunc {_I32} {best} to <16 x i8>")
-                code.do(f"store <16 x i8> {narrow}, ptr {code.at(at, place)}, align 16")
+            requantizer.store(best, at, kernel.out)
     return code.function(name)
 
 
@@ -570,9 +609,9 @@ def _pool(kernel: PoolKernel, name: str) -> str:
     source, tiles, out = (code.field(n, "ptr") for n in ("source0", "tiles", "out"))
     source_block, out_block = code.field("source_block"), code.field("out_block")
     row, column = code.field("row"), code.field("column")
-    zero, low, high = (code.constant(n) for n in ("zero", "low", "high"))
+    zero, low, high = (code.constant(n, _I64) for n in ("zero", "low", "high"))
     source_zero = code.field("source_zero")
-    multiplier, shift = code.constant("multiplier", "i64"), code.field("shift")
+    multiplier, shift = code.constant("multiplier", _I64), code.field("shift")
     sums = code.set(f"alloca {_I32}, align 64")
     with code.loop("block", first_block, last_block) as block:
         inputs = code.at(source, code.set(f"mul i64 {block}, {source_block}"))
@@ -599,12 +638,13 @@ def _pool(kernel: PoolKernel, name: str) -> str:
             found = code.load(_I32, sums, 64)
             if kernel.average:
                 inside = code.binary("mul", "i64", rows, columns)
-                less = code.splat(code.binary("mul", "i64", inside, source_zero), "i64")
+                less = code.splat(code.binary("mul", "i64", inside, source_zero), _I64)
                 wide = code.set(f"sext {_I32} {found} to {_I64}")
                 total = code.binary("sub", _I64, wide, less)
                 total = code.binary("mul", _I64, total, multiplier)
-                by = code.splat(code.binary("shl", "i64", divisor, shift), "i64")
-                found = _clamped64(code, _divided(code, total, by), zero, low, high)
+                by = code.splat(code.binary("shl", "i64", divisor, shift), _I64)
+                steps = code.binary("add", _I64, _divided(code, total, by), zero)
+                found = _clamped64(code, steps, low, high)
             narrow = code.set(f"trunc {_I32} {found} to <16 x i8>")
             code.do(f"store <16 x i8> {narrow}, ptr {code.at(to, end)}, align 16")
     return code.function(name)
@@ -631,12 +671,12 @@ def _add(kernel: AddKernel, name: str) -> str:
     code.label("entry")
     first_block, last_block, first_tile, last_tile = code.work()
     sources = [code.field(f"source{i}", "ptr") for i in range(kernel.operands)]
-    factors = [code.constant(f"multiplier{i}", "i64") for i in range(kernel.operands)]
+    factors = [code.constant(f"multiplier{i}", _I64) for i in range(kernel.operands)]
     tiles, out = code.field("tiles", "ptr"), code.field("out", "ptr")
     # Maps differ in size: each source has its own step from block to block.
     blocks = [code.field(n) for n in ("source_block", "residual_block")[: kernel.operands]]
     out_block = code.field("out_block")
-    zero, low, high = (code.constant(n) for n in ("zero", "low", "high"))
+    zero, low, high = (code.constant(n, _I64) for n in ("zero", "low", "high"))
     own = code.field("parameters", "ptr")
     bias, multiplier, shift, addend, odd = (
         code.load(_I64, code.at(own, 128 * i), 64) for i in range(5)
@@ -657,7 +697,8 @@ def _add(kernel: AddKernel, name: str) -> str:
                 product = code.binary("mul", _I64, wide, factor)
                 total = code.binary("add", _I64, total, product)
             total = code.binary("mul", _I64, total, multiplier)
-            found = _clamped64(code, _rounded(code, total, shift, addend, odd), zero, low, high)
+            steps = _rounded(code, total, shift, addend, odd)
+            found = _clamped64(code, code.binary("add", _I64, steps, zero), low, high)
             end = code.number(code.at(entry, 4 * kernel.operands))
             narrow = code.set(f"trunc {_I32} {found} to <16 x i8>")
             code.do(f"store <16 x i8> {narrow}, ptr {code.at(to, end)}, align 16")
@@ -717,11 +758,16 @@ declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
 declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
 declare <16 x i64> @llvm.smax.v16i64(<16 x i64>, <16 x i64>)
 declare <16 x i64> @llvm.smin.v16i64(<16 x i64>, <16 x i64>)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-declare <16 x double> @llvm.fma.v16f64(<16 x double>, <16 x double>, <16 x double>)
+declare <16 x i32> @llvm.lrint.v16i32.v16f32(<16 x float>)
+declare <16 x double> @llvm.rint.v16f64(<16 x double>)
+declare <32 x i16> @llvm.sadd.sat.v32i16(<32 x i16>, <32 x i16>)
+declare <64 x i8> @llvm.umax.v64i8(<64 x i8>, <64 x i8>)
+declare <64 x i8> @llvm.umin.v64i8(<64 x i8>, <64 x i8>)
 """
 _X86_DECLARATIONS = """
 declare void @llvm.x86.sse2.pause()
+declare <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32>, <16 x i32>)
+declare <64 x i8> @llvm.x86.avx512.packuswb.512(<32 x i16>, <32 x i16>)
 declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
 declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
 declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
@@ -731,13 +777,12 @@ declare <4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8(<4 x i32>, <16 x i8>, <16 
 """
 
 
-def module_text(kernels: Iterable[Kernel], triple: str, features: Mapping[str, bool]) -> str:
+def module_text(kernels: Iterable[Kernel], triple: str) -> str:
     """Give the LLVM IR of a module: ``run``, and ``kernel<i>`` for each kernel."""
     x86 = triple.startswith(("x86_64", "i686", "amd64"))
     arm = triple.startswith(("aarch64", "arm64"))
-    fma = features.get("fma", not x86)
     runner = _RUNNER.replace("PAUSE", "call void @llvm.x86.sse2.pause()" if x86 else "")
     own = _X86_DECLARATIONS if x86 else _ARM_DECLARATIONS if arm else ""
     parts = [f'target triple = "{triple}"', _DECLARATIONS, own, runner]
-    parts += [kernel.text(f"kernel{number}", fma) for number, kernel in enumerate(kernels)]
+    parts += [kernel.text(f"kernel{number}") for number, kernel in enumerate(kernels)]
     return "\n".join([*parts, "attributes #0 = { nounwind }"])

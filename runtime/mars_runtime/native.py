@@ -120,7 +120,7 @@ def machine_code(kernels: Sequence[Kernel], processor: Processor) -> bytes:
     """Compile kernels for a processor: an object file."""
     import llvmlite.binding as llvm
 
-    module = llvm.parse_assembly(module_text(kernels, processor.triple, processor.features))
+    module = llvm.parse_assembly(module_text(kernels, processor.triple))
     module.verify()
     code: bytes = processor.target_machine().emit_object(module)
     return code

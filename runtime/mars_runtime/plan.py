@@ -42,6 +42,7 @@ Array: TypeAlias = npt.NDArray[Any]
 CACHE_BYTES = 192 * 1024  # of a layer's maps, that are to stay in the processor's cache
 MOST_BYTES = 2**31  # tables hold offsets of 32 bits
 ALIGNMENT = 64
+MOST_STEPS = 2**30  # that conversion to 32 bits can take
 WEIGHT_VECTOR_BYTES = WORD_CHANNELS * LANES
 
 
@@ -298,8 +299,8 @@ class Plan:
             _places(tile, *written),
             scaling.numbers,
             scaling.monotone,
-            scaling.clamped,
-            scaling.trivial,
+            apw.zero != 0,
+            (scaling.low, scaling.high) != (0, 255),
             split,
             _diagonal(layer),
         )
@@ -314,11 +315,9 @@ class Plan:
             "parameters": _Reference(constants.add(scaling.parameters)),
             "tiles": _Reference(constants.add(table)),
             "out_block": out.block,
-            "least": scaling.least,
-            "most": scaling.most,
             "zero": apw.zero,
-            "low": apw.low,
-            "high": apw.high,
+            "low": scaling.low,
+            "high": scaling.high,
         }
         if residual is not None and layer.residual:
             fields["residual"] = _Reference(0, residual)
@@ -600,10 +599,8 @@ class _Scaling:
 
     numbers: Requantization
     monotone: bool
-    clamped: bool
-    trivial: bool
-    least: int
-    most: int
+    low: int
+    high: int
     parameters: Array
 
     @classmethod
@@ -623,15 +620,17 @@ class _Scaling:
             multiplier, shift = np.ones_like(layer.bias), np.zeros_like(layer.bias)
         else:
             multiplier, shift = layer.multiplier, layer.shift
+        # A product beyond the largest code may be rounded: it stays beyond.
         reach = min(layer.worst, one) if by_shift else layer.worst
-        largest = [abs(int(m)) * reach for m in multiplier.flat]
-        steps = max(m / 2 ** int(s) for m, s in zip(largest, shift.flat, strict=True))
+        factors = [abs(int(m)) for m in multiplier.flat]
+        largest = max(factors) * reach
+        steps = max(m * layer.worst / 2 ** int(s) for m, s in zip(factors, shift.flat, strict=True))
         numbers: Requantization = "int64"
         if raw:
             numbers = "raw"
-        elif max(largest) < 2**24 and steps < 2**21:
+        elif largest < 2**24 and steps < MOST_STEPS:
             numbers = "float32"
-        elif max(largest) < 2**53 and steps < 2**30:
+        elif largest < 2**53 and steps < MOST_STEPS:
             numbers = "float64"
         scale = multiplier / 2.0**shift
         integers = [
@@ -644,12 +643,6 @@ class _Scaling:
         for at, part in zip((0, 64, 128, 256, 384, 512), parts, strict=True):
             data = np.ascontiguousarray(part).view(np.uint8)
             parameters[:, at : at + data.shape[1]] = data
-        return cls(
-            numbers,
-            bool((multiplier >= 0).all()),
-            by_shift,
-            by_shift and (apw.zero, apw.low) == (0, 0) and apw.high >= top,
-            0,
-            one,
-            parameters,
-        )
+        codes = (apw.zero, apw.zero + top) if by_shift else (0, 255)  # of accumulators from 0 to 1
+        low, high = np.clip(codes, apw.low, apw.high)
+        return cls(numbers, bool((multiplier >= 0).all()), int(low), int(high), parameters)
