@@ -378,7 +378,7 @@ class _Requantizer:
     def __init__(self, code: _Code, kernel: ConvKernel) -> None:
         self.code, self.kernel = code, kernel
         self.packs = kernel.variant == "avx512-vnni"
-        shorts, bytes = ((_I16, _I8) if self.packs else (_I32, _I32))
+        shorts, bytes = (_I16, _I8) if self.packs else (_I32, _I32)
         if kernel.zero_point:
             self.zero = code.constant("zero", shorts)
         if kernel.clamped:
