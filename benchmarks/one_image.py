@@ -1,6 +1,6 @@
 """Whether two threads that share the layers of one image are faster than one.
 
-VGG16 at several densities; both take turns in one process, from codes to codes. The least time is
+VGG16 at several densities; both take turns in one process, from an image to codes. The least time is
 what an idle processor gives, the median what this machine gives now.
 
 Run: ``python benchmarks/one_image.py`` (a minute).
@@ -50,10 +50,10 @@ def measure(density: float, turns: int) -> str:
     engine = Engine(network, native.variants()[0])
     work = engine.work / SHARED_WORK
     engine.work = 2**40  # so that threads share it whatever its work is
-    image = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32)).astype(np.uint8)
+    image = np.random.default_rng(0).random((1, 3, 32, 32), np.float32)
 
     def run(threads: int) -> None:
-        engine.run(1, lambda part: [image[part]], lambda part, codes: None, threads)
+        engine.run([image], lambda part, codes: None, threads)
 
     times: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(-1, turns):

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 import mars_runtime
 from mars_runtime import PRESETS, InputError, OptionError, ProgramError, isa, native
 from mars_runtime.cache import cache_folder, kept
-from mars_runtime.engine import CHUNKS, Engine, _from_blocks, _Runner, _to_blocks, engine_of
+from mars_runtime.engine import CHUNKS, Engine, _from_blocks, _Runner, engine_of
 from mars_runtime.errors import MachineError
 from mars_runtime.kernel_code import ConvKernel
-from mars_runtime.layers import ConvLayer, Layers, dump, load
+from mars_runtime.layers import ConvLayer, Entry, Layers, Map, dump, load
 from mars_runtime.lift import NotLifted, lift
 from mars_runtime.plan import Plan, _Scaling, _vectors
 from mars_runtime.program import Region
@@ -67,25 +67,29 @@ def lifted(graph: Graph, arch=MARS) -> Layers:
     return lift(build_region(NamedGraph.of(graph), arch), arch)
 
 
-def run_engine(engine: Engine, codes: Sequence[np.ndarray], threads: int = 1) -> list[np.ndarray]:
+def run_engine(engine: Engine, inputs: Sequence[np.ndarray], threads: int = 1) -> list[np.ndarray]:
     parts: dict[int, list[np.ndarray]] = {}
 
     def take(part, outputs):
         parts[part.start] = [np.array(output) for output in outputs]
 
-    engine.run(len(codes[0]), lambda part: [array[part] for array in codes], take, threads)
+    engine.run(inputs, take, threads)
     return [np.concatenate([parts[at][i] for at in sorted(parts)]) for i in range(len(parts[0]))]
 
 
 def assert_exact(
-    graph: Graph, network: Layers, codes: dict[str, np.ndarray], variant: str, threads: int = 1
+    graph: Graph, network: Layers, inputs: dict[str, np.ndarray], variant: str, threads: int = 1
 ) -> None:
+    codes = {
+        entry.name: entry.quantize.apply(inputs[entry.name]).reshape(-1, *entry.type.shape)
+        for entry in graph.inputs
+    }
     values = evaluate_values(graph, codes)
     engine = Engine(network, variant)
     engine.work = 2**40  # enough that threads share even these
     if native.library is not HOST_LIBRARY:
         threads = 1  # emulators do not share memory as processors do
-    found = run_engine(engine, [codes[entry.name] for entry in graph.inputs], threads)
+    found = run_engine(engine, [inputs[entry.name] for entry in graph.inputs], threads)
     for out, output in zip(graph.outputs, found, strict=True):
         expected = values[out.value]
         np.testing.assert_array_equal(output[:, : expected.shape[1]], expected, out.value)
@@ -129,11 +133,12 @@ def test_arms_threads_meet_behind_each_layer():
         patch.setattr(native, "library", emulated_arm.library)
         runner = _Runner(Plan(lifted(graph), "neon-dotprod", 1, 2))
     codes = random_codes(graph, np.random.default_rng(0), 1)
-    _to_blocks(codes["x0"], runner.inputs[0])
-    for thread in (0, 1):
-        runner.meeting[0] = 1
+    runner.point_to([codes["x0"]])
+    for thread in (0, 1, 0, 1):  # again, with what the other did of the step before
+        steps = len(runner.steps)
+        runner.meeting[0] = steps
         runner._share(thread)
-        assert runner.meeting[0] == 2  # of two
+        assert runner.meeting[0] == 2 * steps
     expected = evaluate_values(graph, codes)["conv0"]
     found = _from_blocks(runner.outputs[0])
     np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
@@ -165,11 +170,7 @@ def test_random_networks(variant, part, first_seed):
         except mars_runtime.CapacityError:
             continue
         inputs = random_inputs(graph, seed, images=images)
-        codes = {
-            entry.name: entry.quantize.apply(inputs[entry.name]).reshape(-1, *entry.type.shape)
-            for entry in graph.inputs
-        }
-        assert_exact(graph, network, codes, variant, threads=1 + number)
+        assert_exact(graph, network, inputs, variant, threads=1 + number)
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -325,6 +326,12 @@ def test_layers_without_weights_write_their_bias(variant):
     assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
 
 
+def convolution_kernel(network: Layers, variant: str) -> ConvKernel:
+    kernels = Plan(network, variant, 1, 1).library.addresses
+    (made,) = (kernel for kernel in kernels if isinstance(kernel, ConvKernel))
+    return made
+
+
 def depthwise(kernel: int, dilation: int, stride: int = 1, weight: int | None = None) -> Graph:
     """40 channels, each with a kernel of its own."""
     weights = np.random.default_rng(kernel).integers(1, 128, (40, 1, kernel, kernel))
@@ -348,7 +355,7 @@ def test_depthwise_layers_take_four_pixels_at_a_time(variant, kernel, dilation, 
         network = lifted(graph)
         (layer,) = network.layers
         assert isinstance(layer, ConvLayer) and len(_vectors(layer)[0]) == 3 * kernel * per_row
-        (made,) = Plan(network, variant, 1, 1).library.addresses
+        made = convolution_kernel(network, variant)
         assert made.diagonal
         codes = random_codes(graph, np.random.default_rng(stride), 3)
         assert_exact(graph, network, codes, variant)
@@ -364,7 +371,7 @@ def test_one_weight_off_the_diagonal_is_not_forgotten(variant):
         [_input("x0", MapType(32, 7, 7, 8))], [Conv("conv0", [term], np.zeros(32))], [out]
     )
     network = lifted(graph)
-    (made,) = Plan(network, variant, 1, 1).library.addresses
+    made = convolution_kernel(network, variant)
     assert not made.diagonal
     assert_exact(graph, network, random_codes(graph, np.random.default_rng(0), 2), variant)
 
@@ -439,14 +446,108 @@ def test_chunks_and_threads_do_not_change_the_codes():
     graph = resnet20()
     network = lifted(graph)
     images = 2 * CHUNKS[-1] + 3
-    codes = random_codes(graph, np.random.default_rng(5), images)["x0"]
+    given = random_inputs(graph, 5, images=images)["x0"]
+    codes = graph.inputs[0].quantize.apply(given)
     expected = evaluate_values(graph, {"x0": codes})[graph.outputs[0].value]
     for threads, count in ((1, images), (2, images), (3, images), (2, 1), (2, 7)):
         engine = Engine(network, VARIANTS[0])
         engine.work = 2**40
-        (found,) = run_engine(engine, [codes[:count]], threads)
+        (found,) = run_engine(engine, [given[:count]], threads)
         np.testing.assert_array_equal(found[:, :10], expected[:count])
     assert len(set(Plan(network, VARIANTS[0], CHUNKS[-1], 1).groups)) > 1
+
+
+# -- what is given ---------------------------------------------------------------------------------
+
+
+def entering(quantize: Quantize, channels: int, height: int, width: int) -> Layers:
+    """No layer: the codes of what is given come out."""
+    given = Map(-(-channels // 16), height, width, 8)
+    return Layers((given,), (), (Entry("x0", 0, channels, quantize),), (0,))
+
+
+@st.composite
+def quantizers(draw: st.DrawFn) -> Quantize:
+    dtype = draw(st.sampled_from(["float32", "float32", "uint8", "int8"]))
+    low = -128 if dtype == "int8" else draw(st.sampled_from([0, 0, 3]))
+    high = draw(st.integers(low, 127 if dtype == "int8" else 255))
+    if dtype != "float32":
+        return Quantize(dtype, low, high)
+    low = draw(st.sampled_from([low, -128, 0]))
+    return Quantize(
+        "float32",
+        low,
+        min(high, low + 255),
+        draw(st.sampled_from([1.0, 0.1, 0.0078125, -3.0, 1e-30])),
+        draw(st.sampled_from([0, 7, -128, 255, 2**24 + 1])),
+        draw(st.sampled_from([1.0, 255.0, 15.0, 0.3])),
+        draw(st.sampled_from([None, (0.0, 1.0), (-2.5, 3.0)])),
+    )
+
+
+def random_values(quantize: Quantize, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Give values of which many are ties, some far outside, some at the limits."""
+    rng = np.random.default_rng(seed)
+    if quantize.dtype != "float32":
+        return rng.integers(quantize.low, quantize.high + 1, shape).astype(quantize.dtype)
+    step = quantize.scale / quantize.factor
+    values = rng.integers(-20, 600, shape) / 2 * step
+    values[rng.random(shape) < 0.2] = rng.random()
+    values[rng.random(shape) < 0.1] *= 1e9
+    values[rng.random(shape) < 0.05] = rng.choice([np.inf, -np.inf])
+    return values.astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    quantize=quantizers(),
+    shape=st.tuples(st.integers(1, 35), st.integers(1, 4), st.integers(1, 35)),
+    images=st.sampled_from([1, 3, 4, 21]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_codes_are_those_of_the_conversion(variant, quantize, shape, images, threads):
+    """Channels that fill no block, rows that fill no vector; chunks that are not full."""
+    values = random_values(quantize, (images, *shape), images)
+    engine = Engine(entering(quantize, *shape), variant)
+    engine.work = 2**40
+    threads = threads if native.library is HOST_LIBRARY else 1
+    (found,) = run_engine(engine, [values], threads)
+    np.testing.assert_array_equal(found[:, : shape[0]], quantize.apply(values))
+    assert not found[:, shape[0] :].any()
+
+
+def test_arrays_may_lie_anyhow(variant):
+    """With gaps, backwards, at odd addresses."""
+    quantize = Quantize(factor=255.0)
+    values = np.random.default_rng(0).random((4, 5, 6, 7), np.float32)
+    odd = np.zeros(values.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(values.shape)
+    odd[:] = values
+    wide = np.repeat(values, 2, axis=3)
+    engine = Engine(entering(quantize, 5, 6, 7), variant)
+    for array in (odd, wide[..., ::2], values[::-1], values.transpose(0, 1, 3, 2).swapaxes(2, 3)):
+        (found,) = run_engine(engine, [array])
+        np.testing.assert_array_equal(found[:, :5], quantize.apply(np.ascontiguousarray(array)))
+
+
+@pytest.mark.parametrize("image", [0, 2, 4])
+def test_values_without_a_code_are_refused(variant, image):
+    for quantize, wrong in (
+        (Quantize(factor=255.0, clip=(0.0, 1.0)), np.nan),
+        (Quantize("uint8", 3, 9), 2),
+        (Quantize("uint8", 3, 9), 10),
+        (Quantize("int8", -5, 5), -6),
+    ):
+        engine = Engine(entering(quantize, 20, 3, 9), variant)
+        values = random_values(quantize, (5, 20, 3, 9), 0)
+        np.nan_to_num(values, copy=False)
+        run_engine(engine, [values])
+        values[image, 19, 2, 8] = wrong
+        with pytest.raises(InputError, match=r"input x0: (holds NaN|codes .* expected)"):
+            run_engine(engine, [values])
+        with pytest.raises(InputError, match="input x0: dtype float64, expected"):
+            run_engine(engine, [values.astype(float)])
+        values[image, 19, 2, 8] = 5
+        run_engine(engine, [values])  # nothing of it is left
 
 
 # -- which engine runs -----------------------------------------------------------------------------

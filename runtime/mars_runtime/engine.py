@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import ctypes
@@ -11,7 +12,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -24,13 +25,13 @@ from .cache import code_digest, kept
 from .errors import OptionError
 from .layers import Layers
 from .lift import NotLifted, lift
-from .maps import WORD_CHANNELS
 from .plan import Plan, dot_products, map_bytes
 from .program import Region
 
 __all__ = ["Engine", "engine_of", "thread_count"]
 
 Array: TypeAlias = npt.NDArray[Any]
+_Piece: TypeAlias = tuple[slice, int]  # images that run together, and the size of their chunk
 
 CHUNKS = (1, 4, 16)  # images that go through the layers together
 CHUNK_BYTES = 32 * 2**20  # of maps, at most, unless one image has more
@@ -64,34 +65,44 @@ class _Runner:
         self.plan = plan
         self.arena = plan.arena()
         self.steps = plan.steps + plan.moving * self.arena.ctypes.data
+        self.words = plan.words(self.arena)
         self.meeting = np.zeros(16, np.int64)
         self.meeting[8] = _yield_address()
-        buffers, network = plan.buffers, plan.layers
-        self.inputs = [buffers[number].view(self.arena) for number in network.inputs]
-        self.outputs = [buffers[number].view(self.arena) for number in network.outputs]
-        for view in self.inputs:
-            view[:] = 0  # of which channels that are absent stay so
+        self.addresses = (self.steps.ctypes.data, self.meeting.ctypes.data)
+        self.outputs = [plan.buffers[number].view(self.arena) for number in plan.layers.outputs]
 
-    def run(self, codes: Sequence[Array], pool: ThreadPoolExecutor | None) -> list[Array]:
-        """Run images ``[N, C, H, W]``, at most the plan's; give the outputs' codes likewise."""
-        for view, given in zip(self.inputs, codes, strict=True):
-            _to_blocks(given, view)
+    def run(self, inputs: Sequence[Array], pool: ThreadPoolExecutor | None) -> list[Array]:
+        """Run images, at most the plan's; give the outputs' codes ``[N, C, H, W]``."""
+        given = [_whole(array, self.plan.images) for array in inputs]
+        self.point_to(given)
         self.meeting[0] = 0
         shares = range(1, self.plan.threads) if pool else ()
         others = [pool.submit(self._share, thread) for thread in shares] if pool else []
         self._share(0)
         for other in others:
             other.result()
-        return [_from_blocks(view[: len(codes[0])]) for view in self.outputs]
+        if self.words[-1]:
+            for entry, array in zip(self.plan.layers.inputs, inputs, strict=True):
+                entry.quantize.apply(array, f"input {entry.name}")  # says what is wrong
+        return [_from_blocks(view[: len(inputs[0])]) for view in self.outputs]
+
+    def point_to(self, given: Sequence[Array]) -> None:
+        """Let the steps read these arrays, of the plan's number of images."""
+        for number, array in enumerate(given):
+            self.words[number] = array.ctypes.data
 
     def _share(self, thread: int) -> None:
-        self.plan.library.run(
-            self.steps.ctypes.data,
-            len(self.steps),
-            thread,
-            self.plan.threads,
-            self.meeting.ctypes.data,
-        )
+        steps, meeting = self.addresses
+        self.plan.library.run(steps, len(self.steps), thread, self.plan.threads, meeting)
+
+
+def _whole(array: Array, images: int) -> Array:
+    """Give an array without gaps, of so many images: the first one again where it has fewer."""
+    if len(array) == images:
+        return np.ascontiguousarray(array)
+    padded = np.empty((images, *array.shape[1:]), array.dtype)
+    padded[: len(array)], padded[len(array) :] = array, array[:1]
+    return padded
 
 
 @functools.cache
@@ -101,19 +112,6 @@ def _yield_address() -> int:
         return 0
     found = getattr(ctypes.CDLL(None), "sched_yield", None)
     return ctypes.cast(found, ctypes.c_void_p).value or 0 if found else 0
-
-
-def _to_blocks(codes: Array, view: Array) -> None:
-    """Place codes ``[N, C, H, W]`` in a map's blocks; absent channels hold code 0 already."""
-    images, channels, height, width = codes.shape
-    for first in range(0, channels, WORD_CHANNELS):
-        part = codes[:, first : first + WORD_CHANNELS]
-        block = view[:images, first // WORD_CHANNELS, ..., : part.shape[1]]
-        if height * width < part.shape[1]:
-            block[:] = part.transpose(0, 2, 3, 1)
-            continue
-        for channel in range(part.shape[1]):  # long rows are what NumPy copies fast
-            block[..., channel] = part[:, channel]
 
 
 def _from_blocks(view: Array) -> Array:
@@ -143,8 +141,7 @@ class Engine:
 
     def run(
         self,
-        images: int,
-        give: Callable[[slice], Sequence[Array]],
+        inputs: Sequence[Array],
         take: Callable[[slice, Sequence[Array]], None],
         threads: int,
     ) -> None:
@@ -152,30 +149,33 @@ class Engine:
 
         Parameters
         ----------
-        give : callable
-            Gives the stored codes of some images, for each input ``[n, C, H, W]`` of uint8.
+        inputs : sequence of arrays
+            For each input a batch of as many values as its map has channels and pixels.
         take : callable
-            Told the codes of each output ``[n, 16 * blocks, H, W]``, uint8 or int32. Both are
-            called by several threads.
+            Told the codes of each output ``[n, 16 * blocks, H, W]``, uint8 or int32, for some of
+            the images; several threads call it.
         threads : int
             Threads that share the work: whole chunks each, or each layer if there is but one.
+
+        Raises
+        ------
+        InputError
+            If an array has another dtype, or a value is NaN or out of range.
         """
-        pieces = list(self._pieces(images))
-        alone = len(pieces) == 1
-        left: queue.SimpleQueue[tuple[slice, int]] = queue.SimpleQueue()
+        for entry, array in zip(self.network.inputs, inputs, strict=True):
+            entry.quantize.check_type(array, f"input {entry.name}")
+        pieces = self._pieces(len(inputs[0]))
+        if len(pieces) == 1:
+            self._run_piece(pieces[0], inputs, take, threads)
+            return
+        left: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
         for piece in pieces:
             left.put(piece)
 
         def work() -> None:
-            while True:
-                try:
-                    part, chunk = left.get_nowait()
-                except queue.Empty:
-                    return
-                sharing = self._sharing(chunk, threads) if alone else 1
-                with self._runner(chunk, sharing) as runner:
-                    pool = _threads(threads) if sharing > 1 else None
-                    take(part, runner.run(give(part), pool))
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._run_piece(left.get_nowait(), inputs, take, 1)
 
         helpers = min(threads, len(pieces)) - 1
         others = [_threads(threads).submit(work) for _ in range(helpers)]
@@ -183,30 +183,44 @@ class Engine:
         for other in others:
             other.result()
 
-    def _pieces(self, images: int) -> Iterator[tuple[slice, int]]:
+    def _pieces(self, images: int) -> list[_Piece]:
         """Cut a batch into images that run together, and the size of their chunk."""
+        found = []
         for at in range(0, images, self.largest):
-            part = slice(at, min(images, at + self.largest))
-            yield part, next(size for size in CHUNKS if size >= part.stop - at)
+            count = min(images - at, self.largest)
+            found.append((slice(at, at + count), CHUNKS[bisect.bisect_left(CHUNKS, count)]))
+        return found
+
+    def _run_piece(
+        self,
+        piece: _Piece,
+        inputs: Sequence[Array],
+        take: Callable[[slice, Sequence[Array]], None],
+        threads: int,
+    ) -> None:
+        part, chunk = piece
+        sharing = self._sharing(chunk, threads)
+        idle = self._idle_runners(chunk, sharing)
+        try:
+            runner = idle.get_nowait()
+        except queue.Empty:
+            runner = _Runner(self._plans[chunk, sharing])
+        pool = _threads(threads) if sharing > 1 else None
+        take(part, runner.run([array[part] for array in inputs], pool))
+        idle.put(runner)  # but one that failed
 
     def _sharing(self, chunk: int, threads: int) -> int:
         """Give how many threads share the layers of one chunk: none waits longer than it works."""
         return max(1, min(threads, chunk * self.work // SHARED_WORK))
 
-    @contextlib.contextmanager
-    def _runner(self, chunk: int, threads: int) -> Iterator[_Runner]:
-        """Lend a runner that nobody uses."""
+    def _idle_runners(self, chunk: int, threads: int) -> queue.SimpleQueue[_Runner]:
+        """Give the runners of a plan that nobody uses."""
+        key = (chunk, threads)
         with self._lock:
-            key = (chunk, threads)
             if key not in self._plans:
                 self._plans[key] = Plan(self.network, self.variant, chunk, threads)
                 self._idle[key] = queue.SimpleQueue()
-        try:
-            runner = self._idle[key].get_nowait()
-        except queue.Empty:
-            runner = _Runner(self._plans[key])
-        yield runner
-        self._idle[key].put(runner)
+            return self._idle[key]
 
 
 @functools.lru_cache(maxsize=4)
@@ -239,7 +253,7 @@ def engine_of(region: Region, arch: MarsArch) -> Engine | None:
     key = (id(region), _variant())
     with _engines_lock:
         found = _engines.get(key)
-        if found is not None and found[0] is region and found[1] == arch:
+        if found and found[0] is region and (found[1] is arch or found[1] == arch):
             _engines.move_to_end(key)
             return found[2]
     network = _lifted(region, arch)

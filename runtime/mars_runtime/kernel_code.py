@@ -23,6 +23,7 @@ __all__ = [
     "VARIANTS",
     "AddKernel",
     "ConvKernel",
+    "EntryKernel",
     "Kernel",
     "PoolKernel",
     "Requantization",
@@ -44,7 +45,7 @@ FIELDS = (
     "weights",  # 64 bytes each
     "parameters",
     "tiles",  # int32 [tile][source..., residual, out]: byte offsets
-    "source_block",  # bytes from block to block, of pools and additions
+    "source_block",  # bytes from block to block, but of convolutions
     "residual_block",
     "out_block",
     "zero",
@@ -58,6 +59,8 @@ FIELDS = (
     "shift",
     "multiplier0",
     "multiplier1",
+    "given",  # entries: where the address of the values lies, source0 being relative to it
+    "refused",  # entries: where a word is set if one of the values has no code
 )
 _FIELD = {name: number for number, name in enumerate(FIELDS)}
 
@@ -166,7 +169,42 @@ class AddKernel:
         return _add(self, name)
 
 
-Kernel: TypeAlias = ConvKernel | PoolKernel | AddKernel
+@attrs.frozen
+class EntryKernel:
+    """Codes of what the caller gives, operation by operation as :class:`.Quantize` has them.
+
+    Parameters
+    ----------
+    dtype : str
+        Of the given values.
+    channels : int
+        How many channels of each block there are.
+    plane : int
+        Bytes of a channel.
+    columns : int
+        Pixels of a tile, side by side: a power of two, 16 at most.
+    clipped, multiplied, divided, zero_point : bool
+        Which operations change a value.
+    """
+
+    dtype: str
+    channels: int
+    plane: int
+    columns: int
+    clipped: bool
+    multiplied: bool
+    divided: bool
+    zero_point: bool
+
+    def text(self, name: str) -> str:
+        """Give the kernel's LLVM IR."""
+        return _entry(self, name)
+
+
+Kernel: TypeAlias = ConvKernel | PoolKernel | AddKernel | EntryKernel
+
+#: Numbers of an entry, in order: float32, each 16 times.
+ENTRY_PARAMETERS = ("clip_low", "clip_high", "factor", "scale", "zero", "low", "high")
 
 
 # -- LLVM IR ---------------------------------------------------------------------------------------
@@ -404,7 +442,7 @@ class _Requantizer:
             wide = code.set(f"sext {_I32} {acc} to {_I64}")
             product = code.binary("mul", _I64, wide, self.multiplier)
             found = _rounded(code, product, self.shift, self.addend, self.odd)
-            return _clamped64(code, found, *(f"splat (i64 {limit})" for limit in _FAR))
+            return _clamped64(code, found, f"splat (i64 {_FAR[0]})", f"splat (i64 {_FAR[1]})")
         type, suffix = {
             "float32": ("<16 x float>", "v16f32"),
             "float64": ("<16 x double>", "v16f64"),
@@ -443,7 +481,7 @@ class _Requantizer:
         """Give the bytes of up to four vectors: packed with saturation, then put in order."""
         code, kernel = self.code, self.kernel
         pack = "call <32 x i16> @llvm.x86.avx512.packssdw.512"
-        four = [*values, *values[-1:] * (4 - len(values))]
+        four = [*values, *[values[-1]] * (4 - len(values))]
         pairs = [
             code.set(f"{pack}({_I32} {a}, {_I32} {b})")
             for a, b in zip(four[::2], four[1::2], strict=True)
@@ -705,6 +743,122 @@ def _add(kernel: AddKernel, name: str) -> str:
     return code.function(name)
 
 
+def _entry(kernel: EntryKernel, name: str) -> str:
+    code = _Code()
+    code.label("entry")
+    count = kernel.columns
+    numbers, bits = f"<{count} x i32>", f"<{count} x i1>"
+    first_block, last_block, first_tile, last_tile = code.work()
+    given, refused, tiles, out = (
+        code.field(n, "ptr") for n in ("given", "refused", "tiles", "out")
+    )
+    source = code.at(code.load("ptr", given, 8), code.field("source0"))
+    source_block, out_block = code.field("source_block"), code.field("out_block")
+    values = (
+        _IntegerValues(code, kernel) if kernel.dtype != "float32" else _RealValues(code, kernel)
+    )
+    with code.loop("block", first_block, last_block) as block:
+        inputs = code.at(source, code.set(f"mul i64 {block}, {source_block}"))
+        to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
+        with code.loop("tile", first_tile, last_tile) as tile:
+            entry = code.at(tiles, tile, 4 * 2)
+            at, end = (code.number(code.at(entry, 4 * i)) for i in range(2))
+            pixels = code.at(inputs, at)
+            quads = ["zeroinitializer"] * 4  # of each pixel four channels
+            strange = "zeroinitializer"
+            for channel in range(kernel.channels):
+                codes, wrong = values.codes(code.at(pixels, channel * kernel.plane))
+                strange = code.binary("or", bits, strange, wrong)
+                quad, byte = divmod(channel, 4)
+                if byte:
+                    codes = code.binary("shl", numbers, codes, f"splat (i32 {8 * byte})")
+                    codes = code.binary("or", numbers, quads[quad], codes)
+                quads[quad] = codes
+            _store_pixels(code, quads, count, code.at(to, end))
+            any = code.set(f"call i1 @llvm.vector.reduce.or.v{count}i1({bits} {strange})")
+            held = code.load("i64", refused, 8)
+            held = code.binary("or", "i64", held, code.set(f"zext i1 {any} to i64"))
+            code.do(f"store i64 {held}, ptr {refused}, align 8")
+    return code.function(name)
+
+
+class _IntegerValues:
+    """Codes of integers, and which of them lie outside the limits."""
+
+    def __init__(self, code: _Code, kernel: EntryKernel) -> None:
+        self.code, self.kernel = code, kernel
+        self.type = f"<{kernel.columns} x i32>"
+        self.low, self.high = code.constant("low", self.type), code.constant("high", self.type)
+
+    def codes(self, pointer: str) -> tuple[str, str]:
+        code, type, bytes = self.code, self.type, f"<{self.kernel.columns} x i8>"
+        extend = "sext" if self.kernel.dtype == "int8" else "zext"
+        value = code.set(f"{extend} {bytes} {code.load(bytes, pointer, 1)} to {type}")
+        below = code.set(f"icmp slt {type} {value}, {self.low}")
+        above = code.set(f"icmp sgt {type} {value}, {self.high}")
+        wrong = code.binary("or", f"<{self.kernel.columns} x i1>", below, above)
+        return code.binary("sub", type, value, self.low), wrong
+
+
+class _RealValues:
+    """Codes of float32, and which of them are NaN."""
+
+    def __init__(self, code: _Code, kernel: EntryKernel) -> None:
+        self.code, self.kernel = code, kernel
+        self.type = f"<{kernel.columns} x float>"
+        own = code.field("parameters", "ptr")
+        self.numbers = {
+            name: code.load(self.type, code.at(own, 64 * row), 64)
+            for row, name in enumerate(ENTRY_PARAMETERS)
+        }
+
+    def codes(self, pointer: str) -> tuple[str, str]:
+        code, kernel, type = self.code, self.kernel, self.type
+        value = code.load(type, pointer, 1)  # NumPy's arrays need not be aligned
+        wrong = code.set(f"fcmp uno {type} {value}, zeroinitializer")
+        if kernel.clipped:
+            value = self._within(value, "clip_low", "clip_high")
+        if kernel.multiplied:
+            value = code.binary("fmul", type, value, self.numbers["factor"])
+        if kernel.divided:
+            value = code.binary("fdiv", type, value, self.numbers["scale"])
+        value = code.set(f"call {type} @llvm.rint.v{kernel.columns}f32({type} {value})")
+        if kernel.zero_point:
+            value = code.binary("fadd", type, value, self.numbers["zero"])
+        value = self._within(value, "low", "high")
+        value = code.binary("fsub", type, value, self.numbers["low"])
+        return code.set(f"fptosi {type} {value} to <{kernel.columns} x i32>"), wrong
+
+    def _within(self, value: str, low: str, high: str) -> str:
+        """Clamp; comparisons that are false for NaN, so that it is not looked after."""
+        code, type, bits = self.code, self.type, f"<{self.kernel.columns} x i1>"
+        for order, limit in (("ogt", self.numbers[low]), ("olt", self.numbers[high])):
+            keep = code.set(f"fcmp {order} {type} {value}, {limit}")
+            value = code.set(f"select {bits} {keep}, {type} {value}, {type} {limit}")
+        return value
+
+
+def _store_pixels(code: _Code, quads: Sequence[str], count: int, to: str) -> None:
+    """Store 16 channels of adjacent pixels from words of four channels each."""
+    type = f"<{count} x i32>"
+    for first in range(0, count, 4):
+        pixels = range(first, min(first + 4, count))
+        words = f"<{4 * len(pixels)} x i32>"
+        halves = [
+            code.set(
+                f"shufflevector {type} {a}, {type} {b}, {words} "
+                f"<{', '.join(f'i32 {lane}' for p in pixels for lane in (p, count + p) * 2)}>"
+            )
+            for a, b in (quads[:2], quads[2:])
+        ]
+        lanes = [4 * i + part for i in range(len(pixels)) for part in range(4)]
+        order = ", ".join(f"i32 {i + (len(lanes) if i % 4 > 1 else 0)}" for i in lanes)
+        whole = code.set(
+            f"shufflevector {words} {halves[0]}, {words} {halves[1]}, {words} <{order}>"
+        )
+        code.do(f"store {words} {whole}, ptr {code.at(to, 16 * first)}, align 16")
+
+
 # Executes steps in order. Threads meet behind each step: a counter, and who yields the processor,
 # after about a microsecond, to a thread that may have none.
 _RUNNER = """
@@ -783,6 +937,11 @@ def module_text(kernels: Iterable[Kernel], triple: str) -> str:
     arm = triple.startswith(("aarch64", "arm64"))
     runner = _RUNNER.replace("PAUSE", "call void @llvm.x86.sse2.pause()" if x86 else "")
     own = _X86_DECLARATIONS if x86 else _ARM_DECLARATIONS if arm else ""
-    parts = [f'target triple = "{triple}"', _DECLARATIONS, own, runner]
+    sizes = "\n".join(
+        f"declare <{n} x float> @llvm.rint.v{n}f32(<{n} x float>)\n"
+        f"declare i1 @llvm.vector.reduce.or.v{n}i1(<{n} x i1>)"
+        for n in (1, 2, 4, 8, 16)
+    )
+    parts = [f'target triple = "{triple}"', _DECLARATIONS, sizes, own, runner]
     parts += [kernel.text(f"kernel{number}") for number, kernel in enumerate(kernels)]
     return "\n".join([*parts, "attributes #0 = { nounwind }"])

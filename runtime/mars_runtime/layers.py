@@ -13,8 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from . import isa
+from .quantize import Quantize
 
-__all__ = ["AddLayer", "ConvLayer", "Layer", "Layers", "Map", "PoolLayer", "Source", "dump", "load"]
+__all__ = [
+    "AddLayer",
+    "ConvLayer",
+    "Entry",
+    "Layer",
+    "Layers",
+    "Map",
+    "PoolLayer",
+    "Source",
+    "dump",
+    "load",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -27,6 +39,16 @@ class Map:
     height: int
     width: int
     bits: int
+
+
+@attrs.frozen
+class Entry:
+    """A map that the caller gives: the model's name of it, and how its values become codes."""
+
+    name: str
+    map: int
+    channels: int
+    quantize: Quantize
 
 
 @attrs.frozen
@@ -105,11 +127,11 @@ Layer: TypeAlias = ConvLayer | PoolLayer | AddLayer
 
 @attrs.frozen(eq=False)
 class Layers:
-    """A region's maps and layers in order; ``inputs`` and ``outputs`` are the ports' maps."""
+    """A region's maps and layers in order; ``outputs`` are the ports' maps."""
 
     maps: tuple[Map, ...]
     layers: tuple[Layer, ...]
-    inputs: tuple[int, ...]
+    inputs: tuple[Entry, ...]
     outputs: tuple[int, ...]
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from . import isa, timing
 from .arch import MarsArch
-from .layers import AddLayer, ConvLayer, Layer, Layers, Map, PoolLayer, Source
+from .layers import AddLayer, ConvLayer, Entry, Layer, Layers, Map, PoolLayer, Source
 from .machine import Machine, transfer_words
 from .maps import RAW_BITS, WORD_CHANNELS
 from .memory import Core
@@ -189,7 +189,10 @@ class _Lifter(Machine):
             cells.ready[at : at + kind.words] = 1
             first = self._new_map(Map(kind.blocks, kind.height, kind.width, kind.bits), kind.words)
             self._offchip_map(port.address, kind.words)[:] = np.arange(first, first + kind.words)
-        inputs = tuple(range(len(self.maps)))
+        inputs = tuple(
+            Entry(port.name, number, port.type.channels, port.quantize)
+            for number, port in enumerate(self.region.inputs)
+        )
         self.layer_tag = self.next_tag
         self.run()
         outputs = []

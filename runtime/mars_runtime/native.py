@@ -111,6 +111,7 @@ def _has_dot_products(cpuinfo: str) -> bool:
     return bool(lines) and all("asimddp" in line for line in lines)
 
 
+@functools.cache
 def variants() -> tuple[str, ...]:
     """Name the variants that this machine's processor executes, best first."""
     return host().variants()

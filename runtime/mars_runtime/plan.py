@@ -22,28 +22,33 @@ import numpy.typing as npt
 from . import isa, native
 from .errors import CapacityError
 from .kernel_code import (
+    ENTRY_PARAMETERS,
     FIELDS,
     PARAMETER_BYTES,
     VARIANTS,
     AddKernel,
     ConvKernel,
+    EntryKernel,
     Kernel,
     PoolKernel,
     Requantization,
 )
-from .layers import AddLayer, ConvLayer, Layer, Layers, Map, PoolLayer, Source
+from .layers import AddLayer, ConvLayer, Entry, Layer, Layers, Map, PoolLayer, Source
 from .maps import RAW_BITS, WORD_CHANNELS
 from .packing import LANES
 
 __all__ = ["Plan", "dot_products", "map_bytes"]
 
 Array: TypeAlias = npt.NDArray[Any]
+Pair: TypeAlias = tuple[int, int]
+_Made: TypeAlias = tuple[Kernel, dict[str, Any]]  # a step: its kernel and its numbers by field
 
 CACHE_BYTES = 192 * 1024  # of a layer's maps, that are to stay in the processor's cache
 MOST_BYTES = 2**31  # tables hold offsets of 32 bits
 ALIGNMENT = 64
 MOST_STEPS = 2**30  # that conversion to 32 bits can take
 WEIGHT_VECTOR_BYTES = WORD_CHANNELS * LANES
+PIXELS_OF_AN_ENTRY = 16
 
 
 @attrs.frozen
@@ -112,6 +117,21 @@ class _Reference:
     buffer: _Buffer | None = None
 
 
+@attrs.frozen
+class _Given:
+    """An offset from the values that are given for an input, advanced image by image."""
+
+    offset: int
+    pitch: int
+
+
+@attrs.frozen
+class _Word:
+    """A pointer in a step to one of the words behind the arena's maps."""
+
+    number: int
+
+
 class Plan:
     """Layers made ready for a chunk of images and a number of threads.
 
@@ -129,10 +149,12 @@ class Plan:
     def __init__(self, layers: Layers, variant: str, images: int, threads: int) -> None:
         self.layers, self.variant, self.images, self.threads = layers, variant, images, threads
         self.groups = list(self._groups())
+        self.entry_group = self.groups[0] if self.groups else images
         self.buffers = self._buffers()
         last = self.buffers[-1]
         # Behind the last pixel, as much as a vector of adjacent ones can reach beyond it.
-        self.arena_bytes = last.start + last.images * last.pitch + ALIGNMENT
+        self.words_start = last.start + last.images * last.pitch + ALIGNMENT
+        self.arena_bytes = self.words_start + 8 * (len(layers.inputs) + 1)
         if self.arena_bytes >= MOST_BYTES:
             raise CapacityError(
                 "maps do not fit the exact engine's offsets",
@@ -144,6 +166,12 @@ class Plan:
             )
         constants = _Constants()
         made = [
+            step
+            for number, entry in enumerate(layers.inputs)
+            for step in self._entries(number, entry, constants)
+        ]
+        entries = len(made)
+        made += [
             self._step(layer, group, constants)
             for layer, group in zip(layers.layers, self.groups, strict=True)
         ]
@@ -151,7 +179,8 @@ class Plan:
         self.library = native.library(kernels)
         self.constants = _aligned(constants.size)
         self.constants[:] = np.concatenate(constants.parts)
-        self.steps, self.moving = self._sequence(made)
+        order = list(self._order([self.entry_group] * entries + self.groups, len(made), 0, images))
+        self.steps, self.moving = self._sequence(made, order)
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -180,7 +209,9 @@ class Plan:
                 zeros[number] = source.zero
                 least[number] = _each(min, least[number], first)
                 most[number] = _each(max, most[number], stop)
-        for number in (*self.layers.inputs, *self.layers.outputs):
+        for entry in self.layers.inputs:
+            images[entry.map] = max(images[entry.map], self.entry_group)
+        for number in self.layers.outputs:
             images[number] = self.images
         buffers = []
         start = 0
@@ -202,18 +233,26 @@ class Plan:
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def _sequence(self, made: Sequence[tuple[Kernel, dict[str, Any]]]) -> tuple[Array, Array]:
-        """Lay out the steps in order, deepest layers last, groups of images nested."""
-        order = list(self._order(len(made), 0, self.images))
+    def words(self, arena: Array) -> Array:
+        """Give the int64 words behind the maps: addresses of the inputs; if one was refused."""
+        return arena[self.words_start : self.arena_bytes].view(np.int64)
+
+    def _sequence(self, made: Sequence[_Made], order: Sequence[Pair]) -> tuple[Array, Array]:
+        """Lay out steps, each for the images from one on; which numbers the arena moves."""
         steps = np.zeros((len(order), len(FIELDS)), np.int64)
-        moving = np.zeros(steps.shape, bool)  # relative to the arena, else absolute
+        moving = np.zeros(steps.shape, bool)
         base = self.constants.ctypes.data
         for row, (number, image) in enumerate(order):
             kernel, fields = made[number]
             steps[row, 0] = self.library.addresses[kernel]
             for name, value in fields.items():
                 column = FIELDS.index(name)
-                if not isinstance(value, _Reference):
+                if isinstance(value, _Given):
+                    steps[row, column] = value.offset + image * value.pitch
+                elif isinstance(value, _Word):
+                    steps[row, column] = self.words_start + 8 * value.number
+                    moving[row, column] = True
+                elif not isinstance(value, _Reference):
                     steps[row, column] = value
                 elif value.buffer is None:
                     steps[row, column] = base + value.offset
@@ -224,22 +263,20 @@ class Plan:
                     moving[row, column] = True
         return steps, moving
 
-    def _order(self, stop: int, image: int, count: int) -> Iterator[tuple[int, int]]:
+    def _order(self, groups: Sequence[int], stop: int, image: int, count: int) -> Iterator[Pair]:
         """Give layers before ``stop`` for some images, each with the first image of its group.
 
         Before a layer does its group, the layers before it do theirs, as often as it takes.
         """
         if not stop:
             return
-        own = self.groups[stop - 1]
-        first = next(i for i in range(stop) if self.groups[i] == own)
+        own = groups[stop - 1]
+        first = next(i for i in range(stop) if groups[i] == own)
         for at in range(image, image + count, own):
-            yield from self._order(first, at, own)
+            yield from self._order(groups, first, at, own)
             yield from ((number, at) for number in range(first, stop))
 
-    def _step(
-        self, layer: Layer, group: int, constants: _Constants
-    ) -> tuple[Kernel, dict[str, Any]]:
+    def _step(self, layer: Layer, group: int, constants: _Constants) -> _Made:
         if isinstance(layer, ConvLayer):
             return self._conv(layer, group, constants)
         if isinstance(layer, PoolLayer):
@@ -259,9 +296,62 @@ class Plan:
             rows = [(*cut, 0, tiles) for cut in itertools.pairwise(cuts)]
         return _Reference(constants.add(np.array(rows, np.int64)))
 
-    def _conv(
-        self, layer: ConvLayer, group: int, constants: _Constants
-    ) -> tuple[Kernel, dict[str, Any]]:
+    def _entries(self, number: int, entry: Entry, constants: _Constants) -> Iterator[_Made]:
+        """Give the steps of an input: whole channel blocks, and what is left of one."""
+        out, quantize, group = self.buffers[entry.map], entry.quantize, self.entry_group
+        height, width = out.map.height, out.map.width
+        plane = height * width * np.dtype(quantize.dtype).itemsize
+        columns = min(PIXELS_OF_AN_ENTRY, 1 << width.bit_length() >> 1)
+        image, row = np.arange(group)[:, None, None], np.arange(height)[:, None]
+        column = _firsts(width, columns)
+        parts = (
+            image * entry.channels * plane + (row * width + column) * (plane // (height * width)),
+            image * out.pitch + out.at(row, column),
+        )
+        tiles = np.stack(np.broadcast_arrays(*parts), axis=-1).reshape(-1, 2).astype(np.int32)
+        clip = quantize.clip or (0.0, 0.0)
+        reals = (*clip, quantize.factor, quantize.scale, quantize.zero_point)
+        rows = np.array([*reals, quantize.low, quantize.high], np.float32)
+        assert len(rows) == len(ENTRY_PARAMETERS)
+        common = {
+            "tiles": _Reference(constants.add(tiles)),
+            "parameters": _Reference(constants.add(np.repeat(rows, WORD_CHANNELS))),
+            "given": _Word(number),
+            "refused": _Word(len(self.layers.inputs)),
+            "source_block": WORD_CHANNELS * plane,
+            "out_block": out.block,
+            "low": quantize.low,
+            "high": quantize.high,
+        }
+        whole = entry.channels // WORD_CHANNELS
+        for first, stop, channels in (
+            (0, whole, WORD_CHANNELS),
+            (whole, out.map.blocks, entry.channels % WORD_CHANNELS),
+        ):
+            if first == stop:
+                continue
+            kernel = EntryKernel(
+                quantize.dtype,
+                channels,
+                plane,
+                columns,
+                quantize.clip is not None,
+                quantize.factor != 1.0,
+                quantize.scale != 1.0,
+                quantize.zero_point != 0,
+            )
+            offset = first * WORD_CHANNELS * plane
+            yield (
+                kernel,
+                common
+                | {
+                    "source0": _Given(offset, entry.channels * plane),
+                    "out": _Reference(first * out.block, out),
+                    "work": self._work(constants, [0] * (stop - first), len(tiles)),
+                },
+            )
+
+    def _conv(self, layer: ConvLayer, group: int, constants: _Constants) -> _Made:
         apw, out = layer.apw, self.buffers[layer.out]
         window = (apw.pool_height, apw.pool_width)
         variant = VARIANTS[self.variant]
@@ -354,9 +444,7 @@ class Plan:
         weights[to] = vectors.reshape(-1, WEIGHT_VECTOR_BYTES)[sorting]
         return starts.astype(np.int32), offsets, weights
 
-    def _pool(
-        self, layer: PoolLayer, group: int, constants: _Constants
-    ) -> tuple[Kernel, dict[str, Any]]:
+    def _pool(self, layer: PoolLayer, group: int, constants: _Constants) -> _Made:
         source, out = self.buffers[layer.source.map], self.buffers[layer.out]
         rows, row_counts = _windows(layer, out.map.height, source.map.height, 0)
         columns, column_counts = _windows(layer, out.map.width, source.map.width, 1)
@@ -392,9 +480,7 @@ class Plan:
             "high": apw.high,
         }
 
-    def _add(
-        self, layer: AddLayer, group: int, constants: _Constants
-    ) -> tuple[Kernel, dict[str, Any]]:
+    def _add(self, layer: AddLayer, group: int, constants: _Constants) -> _Made:
         out, apw = self.buffers[layer.out], layer.apw
         buffers = [self.buffers[source.map] for source in layer.sources]
         tiles = [
@@ -485,9 +571,6 @@ def _read(layer: Layer) -> Iterator[int]:
     yield from (source.map for source in sources)
     if isinstance(layer, ConvLayer) and layer.residual:
         yield layer.residual[0]
-
-
-Pair: TypeAlias = tuple[int, int]
 
 
 def _each(choose: Callable[[int, int], int], a: Sequence[int], b: Sequence[int]) -> Pair:

@@ -42,6 +42,21 @@ class Quantize:
     factor: float = 1.0
     clip: tuple[float, float] | None = None
 
+    def check_type(self, array: npt.NDArray[np.generic], where: str = "input") -> None:
+        """Refuse an array of another dtype.
+
+        Raises
+        ------
+        InputError
+            If its dtype is another.
+        """
+        if array.dtype != self.dtype:
+            raise InputError(
+                f"dtype {array.dtype}, expected {self.dtype}",
+                where=where,
+                hint=f"convert it with .astype('{self.dtype}')",
+            )
+
     def apply(self, array: npt.NDArray[np.generic], where: str = "input") -> npt.NDArray[np.uint8]:
         """Convert a batch.
 
@@ -50,12 +65,7 @@ class Quantize:
         InputError
             If the dtype is another, a value is NaN, or an integer is out of range.
         """
-        if str(array.dtype) != self.dtype:
-            raise InputError(
-                f"dtype {array.dtype}, expected {self.dtype}",
-                where=where,
-                hint=f"convert it with .astype('{self.dtype}')",
-            )
+        self.check_type(array, where)
         if self.dtype in _INTEGER_TYPES:
             codes = array.astype(np.int16)
             if codes.size and not (self.low <= codes.min() and codes.max() <= self.high):
@@ -114,7 +124,7 @@ class Dequantize:
         if self.dtype != "float32":
             return (codes.astype(np.int64) + self.low).astype(self.dtype)
         scale = np.asarray(self.scale, np.float32)[:, None, None]
-        steps = codes.astype(np.int64) - self.zero_point
+        steps = codes.astype(np.int64) - self.zero_point if self.zero_point else codes
         return steps.astype(np.float32) * scale
 
     def __str__(self) -> str:

@@ -75,9 +75,9 @@ def run(
             where="program",
             hint="run the library that was compiled with it (mars compile -o net.so)",
         )
-    unknown = sorted(set(inputs) - set(program.inputs))
-    missing = sorted(set(program.inputs) - set(inputs))
-    if unknown or missing:
+    if inputs.keys() != set(program.inputs):
+        unknown = sorted(set(inputs) - set(program.inputs))
+        missing = sorted(set(program.inputs) - set(inputs))
         raise InputError(
             f"missing {missing or 'none'}, unknown {unknown or 'none'}",
             where="inputs",
@@ -119,25 +119,23 @@ def run_region(
     images = _check(region, inputs)
     results = [np.empty((images, *port.shape), port.dequantize.dtype) for port in region.outputs]
 
-    def give(part: slice) -> list[Array]:
-        return [
-            port.quantize.apply(array[part], f"input {port.name}").reshape(-1, *port.type.shape)
-            for port, array in zip(region.inputs, inputs, strict=True)
-        ]
-
     def take(part: slice, outputs: Sequence[Array]) -> None:
         for port, codes, result in zip(region.outputs, outputs, results, strict=True):
             real = port.dequantize.apply(codes[:, : port.type.channels])
             result[part] = real.reshape(-1, *port.shape)
 
     if found is not None:
-        found.run(images, give, take, thread_count())
+        found.run(inputs, take, thread_count())
         return results
     words = region.offchip_words + program.arch.banks * program.arch.bank_words
     step = max(1, _BATCH_BYTES // (words * WORD_BYTES))
     for at in range(0, images, step):
         part = slice(at, min(images, at + step))
-        take(part, _execute(region, program.arch, give(part)))
+        codes = [
+            port.quantize.apply(array[part], f"input {port.name}").reshape(-1, *port.type.shape)
+            for port, array in zip(region.inputs, inputs, strict=True)
+        ]
+        take(part, _execute(region, program.arch, codes))
     return results
 
 
