@@ -1,7 +1,7 @@
 """Whether two threads that share the layers of one image are faster than one.
 
-VGG16 at several densities; both take turns in one process, from an image to codes. The least time is
-what an idle processor gives, the median what this machine gives now.
+VGG16 at several densities; both take turns in one process, from an image to codes. The least time
+is what an idle processor gives, the median what this machine gives now.
 
 Run: ``python benchmarks/one_image.py`` (a minute).
 """

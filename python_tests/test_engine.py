@@ -21,7 +21,7 @@ from mars_runtime import PRESETS, InputError, OptionError, ProgramError, isa, na
 from mars_runtime.cache import cache_folder, kept
 from mars_runtime.engine import CHUNKS, Engine, _from_blocks, _Runner, engine_of
 from mars_runtime.errors import MachineError
-from mars_runtime.kernel_code import ConvKernel
+from mars_runtime.kernel_code import ConvKernel, PoolKernel
 from mars_runtime.layers import ConvLayer, Entry, Layers, Map, dump, load
 from mars_runtime.lift import NotLifted, lift
 from mars_runtime.plan import Plan, _Scaling, _vectors
@@ -151,7 +151,7 @@ def test_arms_kernels_are_made_of_its_dot_products():
     pixels = tuple(16 * i for i in range(6))
     for variant, expected in (("neon-dotprod", 4 * len(pixels)), ("portable", 0)):
         kernel = ConvKernel(
-            variant, (pixels,), (0,), None, 1, pixels, "float32", True, True, True, 1, False
+            variant, ((pixels,),), (0,), None, 1, pixels, "float32", True, True, True, 1, False
         )
         assert assembly((kernel,), ARM).count("sdot\t") == expected
 
@@ -402,6 +402,110 @@ def test_terms_are_aligned(variant, shifts, groups):
     assert_exact(graph, network, random_codes(graph, rng, 2), variant)
 
 
+def taps_of(size: int, kernel: int, padding: int, zero: int = 0) -> Graph:
+    """A convolution with every tap."""
+    rng = np.random.default_rng(size)
+    weight = rng.integers(-127, 128, (24, 40, kernel, kernel))
+    term = ConvTerm("x0", weight, padding=(padding,) * 4)
+    grown = size + 2 * padding - kernel + 1
+    out = Output("conv0", (24, grown, grown), Dequantize("int32"))
+    kind = MapType(40, size, size, 8, zero)
+    return Graph([_input("x0", kind)], [Conv("conv0", [term], rng.integers(-9, 9, 24))], [out])
+
+
+@pytest.mark.parametrize(
+    ("size", "zero", "pixels"),
+    [
+        (4, 0, [9, 9, 9, 9, 12, 12, 12, 12, 16]),
+        (2, 0, [1, 1, 1, 1, 2, 2, 2, 2, 4]),
+        (1, 0, [1]),
+        (8, 0, [14, 14, 16]),  # tiles of two rows; each row is met by the taps of one tile
+        (16, 0, [15, 15, 16]),
+        (32, 0, [16]),  # two tiles in a row
+        (4, 128, [16]),  # what lies outside counts
+    ],
+)
+def test_taps_are_not_multiplied_with_zeros_outside(size, zero, pixels):
+    """Of a tile's pixels those that a tap brings outside the map in all tiles."""
+    graph = taps_of(size, 3, 1, zero)
+    if "avx512-vnni" in VARIANTS:
+        kernel = convolution_kernel(lifted(graph), "avx512-vnni")
+        (runs,) = kernel.sources
+        assert sorted(sum(p is not None for p in run) for run in runs) == pixels
+    for variant in VARIANTS:
+        codes = random_codes(graph, np.random.default_rng(0), 2)
+        assert_exact(graph, lifted(graph), codes, variant)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("size", [(2, 5, 2), (3, 7, 3), (5, 3, 2), (7, 5, 2)])
+def test_borders_as_wide_as_maps(variant, size, images):
+    graph = taps_of(*size)
+    codes = random_codes(graph, np.random.default_rng(1), images)
+    assert_exact(graph, lifted(graph), codes, variant)
+
+
+def pooled(size: int, multiplier: int, shift: int, zero: int = 0, pad: int = 0) -> Graph:
+    """One average."""
+    requant = Requant([multiplier], [shift], 8, zero, 0, 255)
+    pool = Pool("avgpool0", "avg", "x0", (size, size), (1, 1), (pad,) * 4, requant=requant)
+    grown = 1 + 2 * pad
+    return Graph(
+        [_input("x0", MapType(20, size, size, 8, 3))],
+        [pool],
+        [Output("avgpool0", (20, grown, grown), Dequantize("uint8"))],
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "multiplier", "shift", "division"),
+    [
+        (2, 1, 0, "float64"),
+        (2, 2**31 - 1, 0, "float64"),
+        (4, 255, 8, "float64"),
+        (4, -5, 2, "float64"),
+        (7, 2**31 - 1, 31, "float64"),
+        (8, 2**31 - 1, 38, "int64"),
+        (9, 2**30, 38, "int64"),
+        (8, -(2**31), 38, "int64"),
+    ],
+)
+def test_averages(variant, size, multiplier, shift, division):
+    for zero, pad in ((0, 0), (100, 1)):
+        graph = pooled(size, multiplier, shift, zero, pad)
+        network = lifted(graph)
+        kernels = Plan(network, variant, 1, 1).library.addresses
+        divisions = [k.division for k in kernels if isinstance(k, PoolKernel)]
+        assert divisions == [division]
+        codes = random_codes(graph, np.random.default_rng(size), 60)
+        codes["x0"][:9] = np.arange(9)[:, None, None, None]  # of equal codes
+        assert_exact(graph, network, codes, variant)
+
+
+def test_averages_beside_ties(variant):
+    """Quotients that miss an odd half by as little as those that are divided in float64 can."""
+    count, shift = 49, 37
+    found = 0
+    for half in (1, 3, 5):
+        for miss in (-1, 0, 1):
+            product = half * (count << shift - 1) + miss
+            sums = (s for s in range(50, 255 * count) if product % s == 0)
+            total = next((s for s in sums if product // s < 2**31), None)
+            if total is None:
+                continue
+            found += 1
+            graph = pooled(7, product // total, shift, 5)
+            less = graph.inputs[0].type.zero_point
+            codes = np.full((1, 20, 49), (total // count) + less, np.uint8)
+            codes[:, :, : total % count] += 1
+            graph_codes = {"x0": codes.reshape(1, 20, 7, 7)}
+            expected = 5 + {-1: half // 2, 0: half // 2 + half // 2 % 2, 1: half // 2 + 1}[miss]
+            values = evaluate_values(graph, graph_codes)["avgpool0"]
+            assert (values == expected).all()
+            assert_exact(graph, lifted(graph), graph_codes, variant)
+    assert found >= 5
+
+
 def test_ties_round_to_even(variant):
     """Odd halves of a small grid: every second accumulator is a tie."""
     weight = np.zeros((16, 16, 1, 1), int)
@@ -427,6 +531,7 @@ def test_every_kind_of_number_is_chosen(variant):
         (Requant.eq5(8, 17), "float64"),
         (Requant([2**31 - 1], [40], 8, 0, 0, 255), "float64"),
         (Requant([2**31 - 1], [62], 8, 0, 0, 255), "int64"),
+        (Requant.eq5(8, 1), "int64"),  # scaled, the largest sums leave 32 bits
         (None, "raw"),
     ):
         bias = np.full(16, {"int64": 2**30, "float64": 2**17}.get(expected, 0))

@@ -27,6 +27,7 @@ __all__ = [
     "Kernel",
     "PoolKernel",
     "Requantization",
+    "Run",
     "module_text",
 ]
 
@@ -40,7 +41,7 @@ FIELDS = (
     "source3",
     "residual",
     "out",
-    "starts",  # int32 [block][source] + 1: numbers of the first vectors
+    "starts",  # int32 [block][run] + 1: numbers of the first vectors
     "offsets",  # int32: where each vector's inputs lie, from the tile's first pixel
     "weights",  # 64 bytes each
     "parameters",
@@ -98,6 +99,9 @@ VARIANTS = {
 Requantization: TypeAlias = Literal["float32", "float64", "int64", "raw"]
 
 
+Run: TypeAlias = tuple[int | None, ...]
+
+
 @attrs.frozen
 class ConvKernel:
     """A convolution of the pixels of one tile with the group-sets of each block.
@@ -106,8 +110,9 @@ class ConvKernel:
     ----------
     variant : str
         One of :data:`VARIANTS`.
-    sources : tuples of int
-        For each source the byte offset of every pixel from the tile's first.
+    sources : tuples of runs
+        For each source its runs of vectors. A run has for every pixel the byte offset from the
+        tile's first, or None if nothing but zeros meets its vectors there.
     shifts : tuple of int
         For each source how far the sum is shifted left behind it.
     residual : tuple of int or None
@@ -130,7 +135,7 @@ class ConvKernel:
     """
 
     variant: str
-    sources: tuple[tuple[int, ...], ...]
+    sources: tuple[tuple[Run, ...], ...]
     shifts: tuple[int, ...]
     residual: tuple[int, ...] | None
     window: int
@@ -149,9 +154,18 @@ class ConvKernel:
 
 @attrs.frozen
 class PoolKernel:
-    """A pooling pass; a tile is a pixel: offsets, rows and columns inside the map, divisor."""
+    """A pooling pass; a tile is a pixel: offsets, rows and columns inside the map, divisor.
+
+    Parameters
+    ----------
+    average : bool
+        Or the largest code.
+    division : str
+        In what numbers averages are divided.
+    """
 
     average: bool
+    division: Literal["float64", "int64"]
 
     def text(self, name: str) -> str:
         """Give the kernel's LLVM IR."""
@@ -213,6 +227,7 @@ _I8 = "<64 x i8>"
 _I16 = "<32 x i16>"
 _I32 = "<16 x i32>"
 _I64 = "<16 x i64>"
+_F64 = "<16 x double>"
 
 
 class _Code:
@@ -273,8 +288,12 @@ class _Code:
         return self.set(f"call {type} @llvm.{function}({given})")
 
     @contextlib.contextmanager
-    def loop(self, label: str, first: str, stop: str, step: int = 1) -> Iterator[str]:
-        """Count from first to stop; nothing but memory is carried around."""
+    def loop(self, label: str, first: str, stop: str, carried: str = "") -> Iterator[str]:
+        """Count from first to stop.
+
+        ``carried`` is a vector of sixteen int32 that goes around: its name is ``held(label)``, and
+        in the body :meth:`carry` says what it becomes.
+        """
         before, head, body, last, after = (f"{label}.{part}" for part in ("b", "h", "i", "l", "a"))
         index, following = f"%{label}", f"%{label}.n"
         self.do(f"br label %{before}")
@@ -282,15 +301,26 @@ class _Code:
         self.do(f"br label %{head}")
         self.label(head)
         self.do(f"{index} = phi i64 [ {first}, %{before} ], [ {following}, %{last} ]")
+        if carried:
+            held = f"phi {_I32} [ {carried}, %{before} ], [ {self.held(label)}.n, %{last} ]"
+            self.do(f"{self.held(label)} = {held}")
         more = self.set(f"icmp slt i64 {index}, {stop}")
         self.do(f"br i1 {more}, label %{body}, label %{after}")
         self.label(body)
         yield index
         self.do(f"br label %{last}")
         self.label(last)
-        self.do(f"{following} = add i64 {index}, {step}")
+        self.do(f"{following} = add i64 {index}, 1")
         self.do(f"br label %{head}")
         self.label(after)
+
+    def held(self, label: str) -> str:
+        """Name what a loop carries; behind it, what it ended with."""
+        return f"%{label}.held"
+
+    def carry(self, label: str, value: str) -> None:
+        """Let a loop carry a value on."""
+        self.do(f"{self.held(label)}.n = bitcast {_I32} {value} to {_I32}")
 
     def work(self) -> list[str]:
         """Give this thread's blocks and tiles."""
@@ -522,6 +552,15 @@ def _store_bytes(code: _Code, codes: str, size: int, to: str, places: Sequence[i
         first = stop
 
 
+def _within(code: _Code, value: str, type: str, low: str, high: str) -> str:
+    """Clamp real numbers; NaN becomes a limit."""
+    bits = f"<{type.strip('<>').partition(' x ')[0]} x i1>"
+    for order, limit in (("ogt", low), ("olt", high)):
+        keep = code.set(f"fcmp {order} {type} {value}, {limit}")
+        value = code.set(f"select {bits} {keep}, {type} {value}, {type} {limit}")
+    return value
+
+
 def _rounded(code: _Code, value: str, shift: str, addend: str, odd: str) -> str:
     """Shift int64 right and round half to even."""
     bit = code.binary("and", _I64, code.binary("ashr", _I64, value, shift), odd)
@@ -539,7 +578,7 @@ def _clamped64(code: _Code, value: str, low: str, high: str) -> str:
 def _conv(kernel: ConvKernel, name: str) -> str:
     code = _Code()
     code.label("entry")
-    count = len(kernel.sources)
+    count, all_runs = len(kernel.sources), sum(map(len, kernel.sources))
     pixels = kernel.window * len(kernel.out)
     first_block, last_block, first_tile, last_tile = code.work()
     sources = [code.field(f"source{i}", "ptr") for i in range(count)]
@@ -557,19 +596,27 @@ def _conv(kernel: ConvKernel, name: str) -> str:
         to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
         if kernel.residual is not None:
             add = code.at(residual, code.set(f"mul i64 {block}, {residual_block}"))
-        ends = code.at(starts, block, 4 * count)
-        limits = [code.number(code.at(ends, 4 * i)) for i in range(count + 1)]
+        ends = code.at(starts, block, 4 * all_runs)
+        limits = [code.number(code.at(ends, 4 * i)) for i in range(all_runs + 1)]
         with code.loop("tile", first_tile, last_tile) as tile:
             entry = code.at(tiles, tile, 4 * (count + 2))
             shifted = any(kernel.shifts)
             sums = ["zeroinitializer" if shifted else bias] * pixels
-            for i, (source, places) in enumerate(zip(sources, kernel.sources, strict=True)):
+            sums += ["zeroinitializer"] * (pixels * (kernel.split - 1))
+            number = 0
+            for i, (source, runs) in enumerate(zip(sources, kernel.sources, strict=True)):
                 base = code.at(source, code.number(code.at(entry, 4 * i)))
-                vectors = (offsets, weights, limits[i], limits[i + 1])
-                sums = _vectors(code, kernel, f"vector{i}", base, places, vectors, sums)
+                for run in runs:
+                    vectors = (offsets, weights, limits[number], limits[number + 1])
+                    sums = _vectors(code, kernel, f"vector{number}", base, run, vectors, sums)
+                    number += 1
                 if kernel.shifts[i]:
                     by = f"splat (i32 {kernel.shifts[i]})"
                     sums = [code.binary("shl", _I32, acc, by) for acc in sums]
+            sums = [
+                functools.reduce(lambda a, b: code.binary("add", _I32, a, b), sums[i::pixels])
+                for i in range(pixels)
+            ]
             if shifted:
                 sums = [code.binary("add", _I32, acc, bias) for acc in sums]
             if kernel.residual is not None:
@@ -599,21 +646,22 @@ def _vectors(
     kernel: ConvKernel,
     label: str,
     base: str,
-    places: Sequence[int],
+    run: Run,
     vectors: tuple[str, str, str, str],
     sums: Sequence[str],
 ) -> list[str]:
-    """Loop over a block's vectors; ``split`` sums of every pixel run side by side."""
+    """Loop over the vectors of a block's run; ``split`` sums of every pixel lie side by side."""
     offsets, weights, first, stop = vectors
     before, head, body, after = (f"{label}.{part}" for part in ("b", "h", "i", "a"))
-    begun = [*sums, *["zeroinitializer"] * (len(sums) * (kernel.split - 1))]
+    places = [place for place in run if place is not None]
+    own = [i for i in range(len(sums)) if run[i % len(run)] is not None]
     code.do(f"br label %{before}")
     code.label(before)
     code.do(f"br label %{head}")
     code.label(head)
     index, following = f"%{label}", f"%{label}.n"
     code.do(f"{index} = phi i64 [ {first}, %{before} ], [ {following}, %{body} ]")
-    held = [f"%{label}.s{i}" for i in range(len(begun))]
+    held = [f"%{label}.s{i}" for i in range(len(own))]
     phis = len(code.lines)  # written when the names of what they carry are known
     more = code.set(f"icmp slt i64 {index}, {stop}")
     code.do(f"br i1 {more}, label %{body}, label %{after}")
@@ -631,13 +679,12 @@ def _vectors(
     code.label(after)
     code.lines[phis:phis] = [
         f"  {acc} = phi {_I32} [ {start}, %{before} ], [ {end}, %{body} ]"
-        for acc, start, end in zip(held, begun, given, strict=True)
+        for acc, start, end in zip(held, [sums[i] for i in own], given, strict=True)
     ]
-    count = len(sums)
-    return [
-        functools.reduce(lambda a, b: code.binary("add", _I32, a, b), held[i::count])
-        for i in range(count)
-    ]
+    found = list(sums)
+    for i, acc in zip(own, held, strict=True):
+        found[i] = acc
+    return found
 
 
 def _pool(kernel: PoolKernel, name: str) -> str:
@@ -647,45 +694,81 @@ def _pool(kernel: PoolKernel, name: str) -> str:
     source, tiles, out = (code.field(n, "ptr") for n in ("source0", "tiles", "out"))
     source_block, out_block = code.field("source_block"), code.field("out_block")
     row, column = code.field("row"), code.field("column")
-    zero, low, high = (code.constant(n, _I64) for n in ("zero", "low", "high"))
     source_zero = code.field("source_zero")
-    multiplier, shift = code.constant("multiplier", _I64), code.field("shift")
-    sums = code.set(f"alloca {_I32}, align 64")
+    divide = (_RealQuotient if kernel.division == "float64" else _IntegerQuotient)(code)
     with code.loop("block", first_block, last_block) as block:
         inputs = code.at(source, code.set(f"mul i64 {block}, {source_block}"))
         to = code.at(out, code.set(f"mul i64 {block}, {out_block}"))
         with code.loop("tile", first_tile, last_tile) as tile:
             entry = code.at(tiles, tile, 4 * 5)
             at, end, rows, columns, divisor = (code.number(code.at(entry, 4 * i)) for i in range(5))
-            code.do(f"store {_I32} zeroinitializer, ptr {sums}, align 64")
-            with code.loop("y", "0", rows) as y:
+            with code.loop("y", "0", rows, "zeroinitializer") as y:
                 line = code.at(
                     inputs, code.binary("add", "i64", at, code.set(f"mul i64 {y}, {row}"))
                 )
-                with code.loop("x", "0", columns) as x:
+                with code.loop("x", "0", columns, code.held("y")) as x:
                     pixel = code.at(line, code.set(f"mul i64 {x}, {column}"))
                     codes = code.load("<16 x i8>", pixel, 16)
                     wide = code.set(f"zext <16 x i8> {codes} to {_I32}")
-                    held = code.load(_I32, sums, 64)
+                    held = code.held("x")
                     found = (
                         code.binary("add", _I32, held, wide)
                         if kernel.average
                         else code.call("smax.v16i32", _I32, held, wide)
                     )
-                    code.do(f"store {_I32} {found}, ptr {sums}, align 64")
-            found = code.load(_I32, sums, 64)
+                    code.carry("x", found)
+                code.carry("y", code.held("x"))
+            found = code.held("y")
             if kernel.average:
-                inside = code.binary("mul", "i64", rows, columns)
-                less = code.splat(code.binary("mul", "i64", inside, source_zero), _I64)
-                wide = code.set(f"sext {_I32} {found} to {_I64}")
-                total = code.binary("sub", _I64, wide, less)
-                total = code.binary("mul", _I64, total, multiplier)
-                by = code.splat(code.binary("shl", "i64", divisor, shift), _I64)
-                steps = code.binary("add", _I64, _divided(code, total, by), zero)
-                found = _clamped64(code, steps, low, high)
+                less = code.binary("mul", "i64", rows, columns)
+                less = code.binary("mul", "i64", less, source_zero)
+                less = code.splat(code.set(f"trunc i64 {less} to i32"), _I32)
+                found = code.binary("sub", _I32, found, less)
+                found = divide.codes(found, divisor)
             narrow = code.set(f"trunc {_I32} {found} to <16 x i8>")
             code.do(f"store <16 x i8> {narrow}, ptr {code.at(to, end)}, align 16")
     return code.function(name)
+
+
+class _IntegerQuotient:
+    """Codes of sums: multiplied, divided, rounded half to even, clamped."""
+
+    def __init__(self, code: _Code) -> None:
+        self.code = code
+        self.zero, self.low, self.high = (code.constant(n, _I64) for n in ("zero", "low", "high"))
+        self.multiplier, self.shift = code.constant("multiplier", _I64), code.field("shift")
+
+    def codes(self, total: str, divisor: str) -> str:
+        code = self.code
+        wide = code.set(f"sext {_I32} {total} to {_I64}")
+        product = code.binary("mul", _I64, wide, self.multiplier)
+        by = code.splat(code.binary("shl", "i64", divisor, self.shift), _I64)
+        steps = code.binary("add", _I64, _divided(code, product, by), self.zero)
+        return _clamped64(code, steps, self.low, self.high)
+
+
+class _RealQuotient:
+    """As integers give them, in float64 that holds the products and comes to no false tie."""
+
+    def __init__(self, code: _Code) -> None:
+        self.code = code
+        self.zero, low, high = (code.constant(n, _I32) for n in ("zero", "low", "high"))
+        self.limits = [
+            code.set(f"sitofp {_I32} {code.binary('sub', _I32, limit, self.zero)} to {_F64}")
+            for limit in (low, high)
+        ]
+        self.multiplier = code.set(f"sitofp {_I64} {code.constant('multiplier', _I64)} to {_F64}")
+        self.shift = code.field("shift")
+
+    def codes(self, total: str, divisor: str) -> str:
+        code = self.code
+        real = code.set(f"sitofp {_I32} {total} to {_F64}")
+        real = code.binary("fmul", _F64, real, self.multiplier)
+        by = code.set(f"sitofp i64 {code.binary('shl', 'i64', divisor, self.shift)} to double")
+        real = code.binary("fdiv", _F64, real, code.splat(by, _F64))
+        real = _within(code, real, _F64, *self.limits)
+        steps = code.set(f"fptosi {_F64} {code.call('rint.v16f64', _F64, real)} to {_I32}")
+        return code.binary("add", _I32, steps, self.zero)
 
 
 def _divided(code: _Code, value: str, divisor: str) -> str:
@@ -830,12 +913,7 @@ class _RealValues:
         return code.set(f"fptosi {type} {value} to <{kernel.columns} x i32>"), wrong
 
     def _within(self, value: str, low: str, high: str) -> str:
-        """Clamp; comparisons that are false for NaN, so that it is not looked after."""
-        code, type, bits = self.code, self.type, f"<{self.kernel.columns} x i1>"
-        for order, limit in (("ogt", self.numbers[low]), ("olt", self.numbers[high])):
-            keep = code.set(f"fcmp {order} {type} {value}, {limit}")
-            value = code.set(f"select {bits} {keep}, {type} {value}, {type} {limit}")
-        return value
+        return _within(self.code, value, self.type, self.numbers[low], self.numbers[high])
 
 
 def _store_pixels(code: _Code, quads: Sequence[str], count: int, to: str) -> None:

@@ -32,6 +32,7 @@ from .kernel_code import (
     Kernel,
     PoolKernel,
     Requantization,
+    Run,
 )
 from .layers import AddLayer, ConvLayer, Entry, Layer, Layers, Map, PoolLayer, Source
 from .maps import RAW_BITS, WORD_CHANNELS
@@ -47,6 +48,9 @@ CACHE_BYTES = 192 * 1024  # of a layer's maps, that are to stay in the processor
 MOST_BYTES = 2**31  # tables hold offsets of 32 bits
 ALIGNMENT = 64
 MOST_STEPS = 2**30  # that conversion to 32 bits can take
+# A quotient below 512 that is no tie differs from one by at least half the divisor's inverse: more
+# than the 2**-45 by which float64 rounds it.
+MOST_DIVISOR = 2**44
 WEIGHT_VECTOR_BYTES = WORD_CHANNELS * LANES
 PIXELS_OF_AN_ENTRY = 16
 
@@ -362,7 +366,6 @@ class Plan:
             split = 1
         sources = [(source, self.buffers[source.map]) for source in layer.sources]
         order = sorted(range(len(sources)), key=lambda i: -sources[i][0].shift)
-        starts, offsets, weights = self._lists(layer, order, split)
         ordered = [sources[i] for i in order]
         # Between two sources the sum is shifted by the difference, behind the last by the rest.
         shifts = [source.shift for source, _ in ordered] + [0]
@@ -371,6 +374,7 @@ class Plan:
         if layer.residual:
             residual = self.buffers[layer.residual[0]]
             reads.append((residual, (1, 1), (0, 0), window))
+        runs, (starts, offsets, weights) = self._lists(layer, order, group, tile, split)
         tiles = [_tiles(out.map, group, tile, *read) for read in reads]
         if residual is None:
             tiles.append(np.zeros(len(tiles[0]) if tiles else 0, np.int64))
@@ -382,7 +386,10 @@ class Plan:
         scaling = _Scaling.of(layer, _bias(layer, variant.offset))
         kernel = ConvKernel(
             self.variant,
-            tuple(_places(tile, *read) for read in reads[: len(sources)]),
+            tuple(
+                tuple(_run(_places(tile, *read), meet) for meet in masks)
+                for read, masks in zip(reads, runs, strict=False)
+            ),
             tuple(a - b for a, b in itertools.pairwise(shifts)),
             _places(tile, *reads[-1]) if residual else None,
             math.prod(window),
@@ -394,7 +401,7 @@ class Plan:
             split,
             _diagonal(layer),
         )
-        counts = np.diff(starts.reshape(-1)[:: max(1, len(sources))]).tolist()
+        counts = np.diff(starts[:: max(1, sum(map(len, runs)))]).tolist()
         fields = {
             "work": self._work(constants, counts or [0] * out.map.blocks, len(table)),
             **{f"source{i}": _Reference(0, buffer) for i, (_, buffer) in enumerate(ordered)},
@@ -416,12 +423,15 @@ class Plan:
         return kernel, fields
 
     def _lists(
-        self, layer: ConvLayer, order: Sequence[int], split: int
-    ) -> tuple[Array, Array, Array]:
-        """Give a layer's non-zero vectors, by block and source, in whole groups of ``split``."""
-        blocks, count = self.layers.maps[layer.out].blocks, len(order)
-        if not count:
-            return np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 64), np.int8)
+        self, layer: ConvLayer, order: Sequence[int], group: int, tile: Tile, split: int
+    ) -> tuple[list[list[Mask]], tuple[Array, Array, Array]]:
+        """Give a layer's non-zero vectors, by block, source and run, in whole groups of ``split``.
+
+        First which pixels of a tile meet the map in each run of each source, in that order.
+        """
+        if not order:
+            nothing = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, 64), np.int8)
+            return [], nothing
         places, vectors = _vectors(layer)
         block, place, y, x, channel = places.T
         pixel = np.array([self.buffers[s.map].unit for s in layer.sources])
@@ -429,10 +439,18 @@ class Plan:
         area = np.array([self.buffers[s.map].block for s in layer.sources])
         offset = (y * row[place] + x) * pixel[place]
         offset += channel // WORD_CHANNELS * area[place] + channel % WORD_CHANNELS
-        rank = np.argsort(order)[place]
-        key = block * count + rank
+        runs: list[list[Mask]] = []
+        run = np.zeros(len(places), np.int64)
+        for number in order:
+            own = place == number
+            masks, which = self._masks(layer, number, group, tile, places[own])
+            run[own] = np.where(which >= 0, which + sum(map(len, runs)), which)
+            runs.append(masks)
+        blocks, count = self.layers.maps[layer.out].blocks, sum(map(len, runs))
+        key = block * count + run
         sorting = np.lexsort((offset, key))
-        sizes = np.bincount(key, minlength=blocks * count)
+        sorting = sorting[run[sorting] >= 0]
+        sizes = np.bincount(key[sorting], minlength=blocks * count)
         padded = -(-sizes // split) * split
         starts = np.concatenate([[0], np.cumsum(padded)])
         # Where each vector goes: behind what pads the lists before its own.
@@ -442,7 +460,44 @@ class Plan:
         weights = np.zeros((starts[-1] + 1, WEIGHT_VECTOR_BYTES), np.int8)
         offsets[to] = offset[sorting]
         weights[to] = vectors.reshape(-1, WEIGHT_VECTOR_BYTES)[sorting]
-        return starts.astype(np.int32), offsets, weights
+        return runs, (starts.astype(np.int32), offsets, weights)
+
+    def _masks(
+        self, layer: ConvLayer, number: int, group: int, tile: Tile, places: Array
+    ) -> tuple[list[Mask], Array]:
+        """Give a source's runs by the pixels that meet the map; each vector's run, -1 for none."""
+        source, out = layer.sources[number], self.layers.maps[layer.out]
+        window = (layer.apw.pool_height, layer.apw.pool_width)
+        pixels = math.prod(tile) * math.prod(window)
+        if source.zero or VARIANTS[self.variant].offset:  # what lies outside adds to the sums
+            return [(True,) * pixels], np.zeros(len(places), np.int64)
+        if not len(places):
+            return [], np.zeros(0, np.int64)
+        map = self.layers.maps[source.map]
+        (y, rows), (x, columns) = (
+            np.unique(places[:, 2 + axis], return_inverse=True) for axis in (0, 1)
+        )
+        meets = [
+            _meeting(
+                taps,
+                LANES if axis and _diagonal(layer) else 1,
+                _firsts((out.height, out.width)[axis], tile[1 + axis]) * window[axis],
+                np.arange(tile[1 + axis] * window[axis]),
+                source.stride[axis],
+                source.origin[axis],
+                (map.height, map.width)[axis],
+            )
+            for axis, taps in enumerate((y, x))
+        ]
+        met = (
+            meets[0].reshape(len(y), 1, 1, tile[1], 1, window[0], 1)
+            & meets[1].reshape(1, len(x), 1, 1, tile[2], 1, window[1])
+        ).repeat(tile[0], axis=2)
+        met = met.reshape(-1, pixels)
+        masks, which = np.unique(met, axis=0, return_inverse=True)
+        empty = int(not masks[0].any())
+        which = which.reshape(len(y), len(x))[rows, columns] - empty
+        return [tuple(mask) for mask in masks[empty:].tolist()], which
 
     def _pool(self, layer: PoolLayer, group: int, constants: _Constants) -> _Made:
         source, out = self.buffers[layer.source.map], self.buffers[layer.out]
@@ -463,7 +518,10 @@ class Plan:
         table = np.stack([np.broadcast_to(part, shape) for part in parts], axis=-1)
         apw = layer.apw
         tiles = table.reshape(-1, len(parts)).astype(np.int32)
-        return PoolKernel(layer.mode == isa.POOL_AVERAGE), {
+        most = int(count.max())
+        exact = most * 255 * abs(layer.multiplier) < 2**53 and most << apw.shift < MOST_DIVISOR
+        kernel = PoolKernel(layer.mode == isa.POOL_AVERAGE, "float64" if exact else "int64")
+        return kernel, {
             "work": self._work(constants, [0] * out.map.blocks, len(tiles)),
             "source0": _Reference(0, source),
             "out": _Reference(0, out),
@@ -605,6 +663,7 @@ def _windows(layer: PoolLayer, count: int, size: int, axis: int) -> tuple[Array,
 
 
 Tile: TypeAlias = tuple[int, int, int]
+Mask: TypeAlias = tuple[bool, ...]  # of a tile's pixels
 
 
 @functools.lru_cache(maxsize=1024)
@@ -644,6 +703,20 @@ def _tiles(
     y = _firsts(out.height, tile[1])[:, None] * window[0] * stride[0] + origin[0]
     x = _firsts(out.width, tile[2]) * window[1] * stride[1] + origin[1]
     return np.asarray(image + buffer.at(y, x)).reshape(-1)
+
+
+def _meeting(
+    taps: Array, span: int, firsts: Array, pixels: Array, stride: int, origin: int, extent: int
+) -> Array:
+    """Say which rows (or columns) of a tile meet the map, in one tile at least: ``[tap, row]``."""
+    place = (firsts[:, None] + pixels) * stride + origin
+    at = place + (taps[:, None] + np.arange(span))[:, :, None, None]  # [tap, span, tile, row]
+    return np.asarray(((at >= 0) & (at < extent)).any(axis=(1, 2)))
+
+
+def _run(places: Sequence[int], mask: Mask) -> Run:
+    """Give the places of the pixels that meet a map."""
+    return tuple(place if met else None for place, met in zip(places, mask, strict=True))
 
 
 def _places(
