@@ -198,6 +198,7 @@ class Engine:
         take: Callable[[slice, Sequence[Array]], None],
         threads: int,
     ) -> None:
+        """Run some images that go through the layers together."""
         part, chunk = piece
         sharing = self._sharing(chunk, threads)
         idle = self._idle_runners(chunk, sharing)

@@ -474,9 +474,7 @@ class Plan:
         if not len(places):
             return [], np.zeros(0, np.int64)
         map = self.layers.maps[source.map]
-        (y, rows), (x, columns) = (
-            np.unique(places[:, 2 + axis], return_inverse=True) for axis in (0, 1)
-        )
+        (y, rows), (x, columns) = (_distinct(places[:, 2 + axis]) for axis in (0, 1))
         meets = [
             _meeting(
                 taps,
@@ -496,7 +494,7 @@ class Plan:
         met = met.reshape(-1, pixels)
         masks, which = np.unique(met, axis=0, return_inverse=True)
         empty = int(not masks[0].any())
-        which = which.reshape(len(y), len(x))[rows, columns] - empty
+        which = which.reshape(len(y), len(x))[rows, columns] - empty  # all False is the least
         return [tuple(mask) for mask in masks[empty:].tolist()], which
 
     def _pool(self, layer: PoolLayer, group: int, constants: _Constants) -> _Made:
@@ -703,6 +701,13 @@ def _tiles(
     y = _firsts(out.height, tile[1])[:, None] * window[0] * stride[0] + origin[0]
     x = _firsts(out.width, tile[2]) * window[1] * stride[1] + origin[1]
     return np.asarray(image + buffer.at(y, x)).reshape(-1)
+
+
+def _distinct(numbers: Array) -> tuple[Array, Array]:
+    """Give the different ones of many numbers close to each other, and which each is."""
+    least = numbers.min()
+    present = np.bincount(numbers - least) > 0
+    return np.flatnonzero(present) + least, (np.cumsum(present) - 1)[numbers - least]
 
 
 def _meeting(
