@@ -103,6 +103,7 @@ bench: $(READY)  ## Measure: the paper's VGG16, compile time, a 224x224 network,
 	$(BIN)/python benchmarks/channel_order.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/one_image.py
+	$(BIN)/python benchmarks/layer_times.py
 
 bench-train: $(TRAIN)  ## Measure: a step of quantization-aware training over the float32 step
 	$(BIN)/python benchmarks/qat_step.py
