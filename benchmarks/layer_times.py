@@ -2,8 +2,8 @@
 
 A step is repeated many times in one call; the least of many calls is what an idle processor gives.
 Dot products are those of 16 outputs with 4 inputs in the stored group-sets, at every pixel: where a
-layer does more of them per nanosecond than the processor can, zeros were left out, be it the border's
-or those of channels that are absent, as in the stem.
+layer does more of them per nanosecond than the processor can, zeros were left out, be it the
+border's or those of channels that are absent, as in the stem.
 
 Run: ``python benchmarks/layer_times.py --network resnet18 --density 0.05`` (seconds).
 """
