@@ -198,6 +198,8 @@ class Loader:
         self.parameter_cells = [_Cells(core, self.parameters.size, WORD_CHANNELS) for core in cores]
         self.slot_cells = [_Cells(core, max(arch.slots(4), arch.slots(8))) for core in cores]
         self.slots = _Ring("macro slots", 0)
+        self.placed: dict[int, int] = {}  # by turn, the first slot
+        self.holders = [-1] * len(self.slot_cells[0].loads)  # by slot, the last load's turn
         self.width = 0  # of the weights in the arrays
         self.loaded: dict[int, Loaded] = {}
         self.waiting: dict[int, list[_Part]] = {}  # by turn, what is fetched and not filled
@@ -465,9 +467,64 @@ class Loader:
                 hint="fill loads of one width ahead",
             )
         self.width, self.slots.size = weight_bits, self.arch.slots(weight_bits)
-        at = 0 if turn.schedule.slots == "low" else None
-        at = self.slots.take(image.parts.most_group_sets, number, at)
-        self.loaded[number].slot = at
+        if number not in self.placed:
+            self._place()
+        at = self.loaded[number].slot = self.placed.pop(number)
+        end = at + image.parts.most_group_sets
+        self.slots.held[number] = at, end
+        self.holders[at:end] = [number] * (end - at)
+
+    def _place(self) -> None:
+        """Choose macro slots for the next load, and for all that are filled together with it."""
+        first, due = self.filled, self.fill_due
+        together = [
+            self.turns[place]
+            for place in itertools.takewhile(
+                lambda place: due[place] == due[first], range(first, len(due))
+            )
+        ]
+        try:
+            self.placed, self.slots.next = self._places(together)
+        except ScheduleError:  # they leave gaps: one behind the other they may fit
+            self.slots.next = 0
+            self.placed, self.slots.next = self._places(together, in_row=True)
+
+    def _places(
+        self, together: Sequence[tuple[int, Turn]], in_row: bool = False
+    ) -> tuple[dict[int, int], int]:
+        """Give the first slot of some loads by turn, and that behind the last.
+
+        In a row they follow each other, where they would take the slots that were read longest ago.
+        """
+        ring = attrs.evolve(self.slots, held=dict(self.slots.held))
+        found: dict[int, int] = {}
+        for number, turn in together:
+            count, slots = self._image(turn).parts.most_group_sets, turn.schedule.slots
+            at = 0 if slots == "low" else None
+            if slots == "oldest" and not in_row:
+                at = self._oldest(ring, count)
+            found[number] = ring.take(count, number, at)
+        return found, ring.next
+
+    def _oldest(self, ring: _Ring, count: int) -> int | None:
+        """Give the first of so many slots that were read longest ago; None if none are free."""
+        needed = self.turns[-1][0] + 1
+        last = self.holders[: ring.size]  # loads are read in their turns
+        for start, end in ring.held.values():
+            last[start:end] = [needed] * (end - start)
+        edges = {at for at in range(1, ring.size) if last[at] != last[at - 1]}
+        starts = {0, ring.next} | edges | {edge - count for edge in edges | {ring.size}}
+        ages = {
+            start: max(last[start : start + count], default=-1)
+            for start in starts
+            if 0 <= start <= ring.size - count
+        }
+        oldest = min(ages.values(), default=needed)
+        if oldest == needed:
+            return None
+        # At an end of the array they leave more in one piece.
+        best = [start for start, age in ages.items() if age == oldest]
+        return min(best, key=lambda start: (start not in (0, ring.size - count), start))
 
     def _fetch_weights(self, core: int, source: int, length: int, at: int) -> int:
         """Fetch a core's weights; give the number of the FETCH."""

@@ -7,11 +7,22 @@ from .border import border_cuts, least_macro_cycles, met_pixels
 from .choices import BORDERS, Border, Choice, Point, point_of
 from .loads import make_loads
 from .plan import Planner, Step, fuse_pools, plan, scheduled_steps, smallest_tile, tile_extents
-from .types import DEALINGS, Dealing, LayerSchedule, Load, Piece, Place, Schedule, ScheduleError
+from .types import (
+    DEALINGS,
+    SLOTS,
+    Dealing,
+    LayerSchedule,
+    Load,
+    Piece,
+    Place,
+    Schedule,
+    ScheduleError,
+)
 
 __all__ = [
     "BORDERS",
     "DEALINGS",
+    "SLOTS",
     "Border",
     "Choice",
     "Dealing",

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import attrs
 
 from ..graph import Graph
-from .types import Dealing, LayerSchedule, Schedule
+from .types import Dealing, LayerSchedule, Schedule, Slots
 
 __all__ = ["BORDERS", "Border", "Choice", "Point", "point_of"]
 
@@ -56,8 +56,9 @@ class Choice:
     fetch_depth : int
         Group-sets of later loads that each core's weight SRAM is to hold when the layer is done,
         fetched for while the other cores compute.
-    slots : "low" or "next"
-        Which macro slots are tried first: the lowest, or those behind the load before.
+    slots : "low", "next" or "oldest"
+        Which macro slots are tried first: the lowest, those behind the load before, or those that
+        were read longest ago.
     apart : bool
         Whether each core has a CONV of its own.
     chained : bool
@@ -82,7 +83,7 @@ class Choice:
     fill_lead: int = 0
     fetch_lead: int = 0
     fetch_depth: int = 0
-    slots: Literal["low", "next"] = "low"
+    slots: Slots = "low"
     apart: bool = False
     chained: bool = False
     border: Border = "whole"

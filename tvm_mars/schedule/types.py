@@ -15,6 +15,7 @@ from .border import runs
 
 __all__ = [
     "DEALINGS",
+    "SLOTS",
     "Dealing",
     "LayerSchedule",
     "Load",
@@ -24,11 +25,16 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Share",
+    "Slots",
 ]
 
 #: How kernel blocks are dealt to cores.
 Dealing: TypeAlias = Literal["heaviest", "snake", "runs"]
 DEALINGS: tuple[Dealing, ...] = get_args(Dealing)
+
+#: Which macro slots a load takes.
+Slots: TypeAlias = Literal["low", "next", "oldest"]
+SLOTS: tuple[Slots, ...] = get_args(Slots)
 
 
 class ScheduleError(MarsError, ValueError):
@@ -161,9 +167,9 @@ class LayerSchedule:
     row_groups : int
         Into how many groups the cores are divided; each holds the same group-sets and computes its
         share of a tile's rows. More than one where there are fewer kernel blocks than cores.
-    slots : "low" or "next"
-        Which macro slots a load takes: from 0 on, or those behind the load before, so that it may
-        be filled while the cores still compute with that.
+    slots : "low", "next" or "oldest"
+        Which macro slots a load takes: from 0 on; those behind the load before, so that it may be
+        filled while the cores still compute with that; or those whose readers lie furthest back.
     fill_ahead : tuple of int
         For each load (none: zero of each), how many loads' compute its filling precedes in program
         order, counted back from its own. Arrays that are open stay open until a core computes:
@@ -199,7 +205,7 @@ class LayerSchedule:
     partial_place: Place | None = None
     fetch_chunk: int = 8
     row_groups: int = 1
-    slots: Literal["low", "next"] = "low"
+    slots: Slots = "low"
     fill_ahead: tuple[int, ...] = ()
     fetch_ahead: tuple[int, ...] = ()
     fetch_depth: int = 0

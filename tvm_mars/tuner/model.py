@@ -18,7 +18,7 @@ join             whether its loads join the one before
 fill_lead        loads' compute that a filling precedes
 fetch_lead       how many more its fetching
 fetch_depth      group-sets that it leaves fetched, as a share of the array
-next             whether macro slots rotate
+slots            which macro slots loads take, by its position in :data:`SLOTS`
 apart            whether each core has a CONV of its own
 chained          whether its one kernel block is spread over the cores
 border           0 for the whole map, 1 for rows of their own at the border, 2 for columns too
@@ -44,7 +44,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph import Conv, Layer
-from ..schedule import BORDERS, DEALINGS, Choice, Point, ScheduleError
+from ..schedule import BORDERS, DEALINGS, SLOTS, Choice, Point, ScheduleError
 from .boosting import fit, predict, require_xgboost
 from .space import Space
 
@@ -109,7 +109,7 @@ def _layer_features(space: Space, layer: Layer, choice: Choice, largest: int) ->
         choice.fill_lead,
         choice.fetch_lead,
         choice.fetch_depth / capacity,
-        choice.slots == "next",
+        SLOTS.index(choice.slots),
         choice.apart,
         choice.chained,
         BORDERS.index(choice.border),

@@ -25,6 +25,7 @@ from ..pack import PackedConv
 from ..schedule import (
     BORDERS,
     DEALINGS,
+    SLOTS,
     Border,
     Choice,
     LayerSchedule,
@@ -224,31 +225,15 @@ class Space:
 
         A load that every tile repeats is on its own.
         """
-        found = []
         chosen = {one.name: c for one, c in zip(self.graph.layers, point.choices, strict=True)}
-        slots = index = parameters = ahead = width = 0
-        open_group = False
+        joined = self._joined(layers, chosen)
+        found = []
+        ahead = 0
         for entry in layers:
             choice = chosen[entry.layer]
             fill, fetch = [], []
-            repeated = entry.order == "tiles" and len(entry.loads) > 1
-            weight_bits = self.packed[entry.layer].weight_bits if entry.loads else 0
-            alike = weight_bits == width or not self.arch.dual_4bit_cells
-            for load in entry.loads:
-                size = self._size(entry.layer, load)
-                fits = (
-                    alike
-                    and slots + size[0] <= self.arch.slots(weight_bits)
-                    and 8 * (index + size[1]) <= self.arch.index_sram_bits
-                    and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
-                )
-                if choice.join and open_group and fits and not repeated:
-                    ahead += 1
-                else:
-                    slots = index = parameters = 0
-                    ahead = choice.fill_lead
-                slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
-                open_group, width, alike = not repeated, weight_bits, True
+            for _ in entry.loads:
+                ahead = ahead + 1 if next(joined) else choice.fill_lead
                 fill.append(ahead)
                 fetch.append(ahead + choice.fetch_lead)
             found.append(
@@ -259,6 +244,38 @@ class Space:
                 )
             )
         return found
+
+    def _joined(
+        self, layers: Sequence[LayerSchedule], chosen: Mapping[str, Choice]
+    ) -> Iterator[bool]:
+        """Tell for each load whether it joins the one before.
+
+        They are gathered from the last on, so that the arrays that are not filled whole are the
+        first, when there is most to compute.
+        """
+        found: list[bool] = []
+        slots = index = parameters = width = 0
+        open_group = False  # whether the load behind would join
+        for entry in reversed(layers):
+            repeated = entry.order == "tiles" and len(entry.loads) > 1
+            weight_bits = self.packed[entry.layer].weight_bits if entry.loads else 0
+            for load in reversed(entry.loads):
+                size = self._size(entry.layer, load)
+                alike = weight_bits == width or not self.arch.dual_4bit_cells
+                fits = (
+                    alike
+                    and slots + size[0] <= self.arch.slots(weight_bits)
+                    and 8 * (index + size[1]) <= self.arch.index_sram_bits
+                    and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
+                )
+                if not (open_group and fits and not repeated):
+                    slots = index = parameters = 0
+                if found:
+                    found[-1] = open_group and fits and not repeated
+                slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
+                open_group, width = chosen[entry.layer].join and not repeated, weight_bits
+                found.append(False)
+        return reversed(found)
 
     def _size(self, layer: str, load: Load) -> tuple[int, int, int]:
         """Give what a load takes of each core: macro slots, index and parameter bytes."""
@@ -343,7 +360,7 @@ class Space:
             "join": (False, True),
             "fill_lead": LEADS,
             "fetch_lead": LEADS,
-            "slots": ("low", "next"),
+            "slots": SLOTS,
         }
         if self.arch.overlap == "none" and not alone and self._port_lacks(packed.weight_bits):
             chain["fetch_depth"] = DEPTHS

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
-from mars_runtime.timing import RAW_WORDS
+from mars_runtime.timing import RAW_WORDS, fill_cost
 
 from ..graph import Conv, Pool
-from ..schedule import Border, Point, ScheduleError
+from ..schedule import Border, Choice, Point, ScheduleError
 from .space import Space, replaced
 from .staggering import staggered
 
-__all__ = ["bordered", "layout", "starts", "uniform"]
+__all__ = ["Layout", "bordered", "layout", "starts", "uniform"]
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """How :func:`layout` divides layers into loads.
+
+    Parameters
+    ----------
+    most : int
+        Group-sets of a load of a layer that is filled for longer than it computes.
+    roomy : int
+        Those of others; a heavier kernel block is a load of its own.
+    balanced : int, optional
+        Layers of at least so many pixels have their rows shared out where that leaves the cores
+        more even, and they leave room in the array for what follows.
+    halved : bool
+        Whether others that compute for longer have their rows shared out to two groups of cores,
+        with whom loads take turns twice as often.
+    apart : bool
+        Whether those that compute for longer have a CONV for each core.
+    slots : "next" or "oldest"
+        Which macro slots loads take.
+    """
+
+    most: int
+    roomy: int = 0
+    balanced: int | None = None
+    halved: bool = False
+    apart: bool = False
+    slots: Literal["next", "oldest"] = "oldest"
+
+
+#: What is tried: the size of a load decides how well arrays are filled whole.
+LAYOUTS = (
+    Layout(most=10, roomy=12, balanced=1024),
+    Layout(most=12, roomy=12, balanced=256),
+    Layout(most=6, roomy=12, balanced=256, slots="next"),
+    Layout(most=10, balanced=1024, halved=True, slots="next"),
+    Layout(most=12, balanced=1024, halved=True),
+    Layout(most=20, apart=True),
+)
 
 
 def starts(space: Space) -> Iterator[Point]:
@@ -40,8 +80,8 @@ def starts(space: Space) -> Iterator[Point]:
     if space.arch.overlap == "none":
         yield from _in_turn(space)
     if space.arch.overlap == "full":
-        for most, balanced in itertools.product((8, 12), (None, 1024, 256)):
-            yield bordered(space, layout(space, most, balanced))
+        for wanted in LAYOUTS:
+            yield bordered(space, layout(space, wanted))
 
 
 def _in_turn(space: Space) -> Iterator[Point]:
@@ -161,53 +201,69 @@ def _pooling(space: Space, index: int) -> int:
     return blocks * source.height * source.width * source.planes
 
 
-def layout(space: Space, most: int, balanced: int | None) -> Point:
+def layout(space: Space, wanted: Layout) -> Point:
     """Give a point whose loads are filled in a steady stream, behind compute.
 
     An opened array is filled whole, by loads with each of which a core computes as soon as it is
-    there. They hold at most ``most`` group-sets where cutting kernel blocks costs no time, whole
-    blocks elsewhere. Layers of at least ``balanced`` pixels have their rows shared out where that
-    leaves the cores more even, and they leave room in the array for what follows.
+    there. Kernel blocks are cut for them where that costs no time.
     """
     point = space.default
     for index in range(len(point.choices)):
-        trials = _layouts(space, point, index, most, balanced)
+        trials = _layouts(space, point, index, wanted)
         point = next((trial for trial in trials if _has_room(space, trial)), point)
     return point
 
 
-def _layouts(
-    space: Space, point: Point, index: int, most: int, balanced: int | None
-) -> Iterator[Point]:
+def _layouts(space: Space, point: Point, index: int, wanted: Layout) -> Iterator[Point]:
     """Yield what :func:`layout` tries for a layer, best first."""
     layer = space.graph.layers[index]
     if not isinstance(layer, Conv):
         return
     arch, packed, out = space.arch, space.packed[layer.name], space.graph.types[layer.name]
-    point = replaced(point, index, join=True, slots="next")
+    point = replaced(point, index, join=True, slots=wanted.slots)
     pixels, capacity = out.height * out.width, arch.slots(packed.weight_bits)
     heaviest = max(block.group_sets for block in packed.blocks)
     if pixels == len(packed.blocks) == 1:
         yield replaced(point, index, chained=True, row_groups=1)
         return
-    whole = replaced(point, index, most=heaviest if heaviest < capacity else 0)
-    if balanced is not None and pixels >= balanced:
+    most = max(heaviest, wanted.roomy)
+    whole = replaced(point, index, most=most if most < capacity else 0)
+    fills_longer = _fills_longer(space, layer, whole.choices[index])
+    if not fills_longer:
+        point, whole = (replaced(one, index, apart=wanted.apart) for one in (point, whole))
+    # Two loads that do not fit beside each other are not filled behind compute.
+    streams = fills_longer or 2 * heaviest > capacity
+    if wanted.balanced is not None and pixels >= wanted.balanced:
         choice = whole.choices[index]
         shared = [attrs.evolve(choice, row_groups=n) for n in space.domain(index)["row_groups"]]
         even = min(shared, key=lambda one: (space.share(layer, one).cycles, one.row_groups))
         if even.row_groups > 1 and space.share(layer, even).group_sets <= capacity * 3 // 4:
             yield replaced(whole, index, row_groups=even.row_groups)
-    if packed.group_sets > arch.cores * most:
+    behind = all(layer.inputs[0] != entry.name for entry in space.graph.inputs)
+    if wanted.halved and not streams and behind:
+        halves = replaced(whole, index, row_groups=2)
+        if not _fills_longer(space, layer, halves.choices[index]):
+            yield halves
+    if packed.group_sets > arch.cores * wanted.most and streams:
         # A part between two others reads and writes sums while it computes; a first or last one
         # does so only once.
         accesses = arch.accesses(space.graph.types[layer.terms[0].input].bits)
-        part = most if most * accesses >= 2 * RAW_WORDS else max(most, -(-heaviest // 2))
+        enough = wanted.most * accesses >= 2 * RAW_WORDS
+        part = wanted.most if enough else max(wanted.most, -(-heaviest // 2))
         small = replaced(point, index, most=part)
         yield small
         # Where the sums need a bank for themselves, the map goes where the layer's input lies.
         writer = space.writer(point, index)
         yield from (replaced(small, writer, bank=bank) for bank in range(arch.banks))
     yield whole
+
+
+def _fills_longer(space: Space, layer: Conv, choice: Choice) -> bool:
+    """Tell whether the core that has most of a layer is filled for longer than it computes."""
+    arch, width = space.arch, space.packed[layer.name].weight_bits
+    share = space.share(layer, choice)
+    opened = arch.array_fill_cycles * share.group_sets / arch.slots(width)
+    return fill_cost(arch, share.group_sets, width).cycles + opened > share.busy
 
 
 def _has_room(space: Space, point: Point) -> bool:
