@@ -1,10 +1,11 @@
 """Tuned schedules beside the default and a lower bound; search strategies beside each other.
 
-All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` for VGG16 and
-ResNet-18 on every overlap; ``--sweep`` for the assumed ``macro_write_bits``; ``--compare`` for the
-strategies at equal trials and at equal time; ``--exhaustive`` for the search beside all of the
-schedules of single layers; ``--borders`` for what taps in the padding cost; ``--places`` for
-what a better choice of banks and of fused pools alone would gain.
+All cycles are those of the timed machine. Run ``python benchmarks/tuning.py`` for VGG16,
+ResNet-18 and the zoo's networks on every overlap; ``--sweep`` for the assumed
+``macro_write_bits``; ``--compare`` for the strategies at equal trials and at equal time;
+``--exhaustive`` for the search beside all of the schedules of single layers; ``--borders`` for
+what taps in the padding cost; ``--places`` for what a better choice of banks and of fused pools
+alone would gain.
 
 The bound is that of ``tvm_mars.tuner.bound``, where it is derived.
 """
@@ -60,6 +61,7 @@ NETWORKS: dict[str, Callable[[int], Graph]] = {
     "vgg16": lambda bits: vgg16(activation_bits=bits),
     "resnet18": lambda bits: resnet18(0.05, activation_bits=bits),
 }
+ZOO = ("digits", "resnet20-w8a8", "resnet20-w4a4", "vgg16-w8a4")
 OVERLAPS = ("none", "prefetch", "full")
 
 
@@ -81,9 +83,12 @@ def tuned(space: Space, trials: int, seed: int = 0) -> int:
 
 
 def table_of(
-    console: Console, title: str, rows: Sequence[tuple[str, int, MarsArch]], trials: int
+    console: Console,
+    title: str,
+    rows: Sequence[tuple[str, Graph, int | None, MarsArch]],
+    trials: int,
 ) -> None:
-    """Print untuned, tuned and bound for networks and machines."""
+    """Print untuned, tuned and bound for networks and machines, beside the paper's FPS if any."""
     table = Table(title=title, box=None)
     for name in (
         "network",
@@ -97,13 +102,12 @@ def table_of(
         "paper",
     ):
         table.add_column(name, justify="left" if name in ("network", "machine") else "right")
-    for network, bits, arch in rows:
-        space = Space.of(NETWORKS[network](bits), arch)
+    for name, graph, paper, arch in rows:
+        space = Space.of(graph, arch)
         before, after, least = space.time(space.default).cycles, tuned(space, trials), bound(space)
-        paper = PAPER_FPS[network, bits]
-        print(network, bits, arch.name, before, after, least, file=sys.stderr, flush=True)
+        print(name, arch.name, before, after, least, file=sys.stderr, flush=True)
         table.add_row(
-            f"{network} w8a{bits}",
+            name,
             arch.name,
             f"{before:,}",
             f"{after:,}",
@@ -111,7 +115,7 @@ def table_of(
             f"{least:,}",
             f"{least / after:.1%}",
             f"{fps(after, arch):.0f}",
-            f"{paper} ({fps(after, arch) / paper:.2f}x)",
+            f"{paper} ({fps(after, arch) / paper:.2f}x)" if paper else "",
         )
     console.print(table)
 
@@ -501,7 +505,13 @@ def main() -> None:
             for one in machines
         ]
     networks = ("vgg16",) if options.sweep else tuple(NETWORKS)
-    rows = [(name, bits, arch) for name in networks for bits in (8, 4) for arch in machines]
+    graphs = [
+        (f"{name} w8a{bits}", NETWORKS[name](bits), PAPER_FPS[name, bits])
+        for name in networks
+        for bits in (8, 4)
+    ]
+    zoo = [] if options.sweep else [(f"zoo {name}", load(name), None) for name in ZOO]
+    rows = [(*entry, arch) for entry in (*graphs, *zoo) for arch in machines]
     table_of(console, "tuning", rows, options.trials)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -41,7 +42,7 @@ from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.space import Space, replaced
 from tvm_mars.tuner.staggering import staggered
 from tvm_mars.tuner.starts import bordered as bordered_start
-from tvm_mars.tuner.starts import uniform
+from tvm_mars.tuner.starts import starts, uniform
 
 MARS = PRESETS["mars"]
 NETWORKS = 200
@@ -503,6 +504,65 @@ def test_loads_that_are_filled_together_open_the_arrays_once():
     assert sum(type(one).__name__ == "Prepare" for one in together.instructions) == 1
     saved = simulate(apart, space.arch).cycles - simulate(together, space.arch).cycles
     assert 0 < saved <= 3 * MARS.array_fill_cycles
+
+
+def test_arrays_that_are_not_filled_whole_are_the_first():
+    """Another load would not fit beside what any array but the first is filled with."""
+    space = Space.of(vgg16(activation_bits=4), MARS)
+    point = Point(tuple(attrs.evolve(choice, join=True) for choice in space.default.choices))
+    filled: list[list[int]] = []
+    for entry in space.realize(point).layers:
+        for load, ahead in zip(
+            entry.loads, entry.fill_ahead or [0] * len(entry.loads), strict=True
+        ):
+            size = max(load.group_sets(core) for core in load.active)
+            if ahead:
+                filled[-1].append(size)
+            else:
+                filled.append([size])
+    assert len(filled) > 4
+    for before, after in itertools.pairwise(filled):
+        assert sum(after) <= MARS.group_sets_per_core < before[-1] + sum(after)
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"),
+    [
+        ("low", [0, 0, 0, 0, 0]),
+        ("next", [0, 20, 40, 0, 20]),
+        # Where slots are alike, those at an end of the array.
+        ("oldest", [0, 44, 20, 0, 44]),
+    ],
+)
+def test_loads_take_the_slots_that_are_asked_for(slots, expected):
+    """Five loads of 20 group-sets on each core, in arrays of 64."""
+    weight = np.ones((20 * 16, 20 * 16, 1, 1), np.int8)
+    kind = MapType(20 * 16, 1, 1, 8)
+    graph = Graph(
+        [Input("x0", kind, kind.shape, Quantize("uint8"))],
+        [Conv("conv0", [ConvTerm("x0", weight)], np.zeros(20 * 16), Requant.eq5(8, 16))],
+        [Output("conv0", kind.shape, Dequantize("uint8"))],
+    )
+    space = Space.of(graph, attrs.evolve(MARS, overlap="full"))
+    point = replaced(space.default, 0, most=20, chunk=32, slots=slots)
+    region = generate(
+        graph,
+        space.arch,
+        space.packed,
+        space.realize(point),
+        input_names=["x0"],
+        output_names=["y0"],
+    )
+    fills = [one for one in region.instructions if isinstance(one, isa.Fill) and not one.core]
+    assert [fill.count for fill in fills] == [20] * 5
+    assert [fill.slot for fill in fills] == expected
+
+
+@pytest.mark.parametrize(("make", "bits"), [(vgg16, 4), (lambda **k: resnet18(0.05, **k), 8)])
+def test_starts_come_within_a_twentieth_of_the_bound(make, bits):
+    space = Space.of(make(activation_bits=bits), attrs.evolve(MARS, overlap="full"))
+    best = min(space.time(point).cycles for point in starts(space))
+    assert least_cycles(space.graph, space.arch, space.packed) >= 0.95 * best
 
 
 REFUSALS = [
