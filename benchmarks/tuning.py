@@ -496,7 +496,7 @@ def main() -> None:
         compare(console, graph, counts, options.seeds)
         return
     machines = [
-        attrs.evolve(mars, name=f"mars, {overlap}", overlap=overlap) for overlap in OVERLAPS
+        attrs.evolve(mars, name=overlap, overlap=overlap) for overlap in OVERLAPS
     ]
     if options.sweep:
         machines = [
@@ -510,7 +510,7 @@ def main() -> None:
         for name in networks
         for bits in (8, 4)
     ]
-    zoo = [] if options.sweep else [(f"zoo {name}", load(name), None) for name in ZOO]
+    zoo = [] if options.sweep else [(name, load(name), None) for name in ZOO]
     rows = [(*entry, arch) for entry in (*graphs, *zoo) for arch in machines]
     table_of(console, "tuning", rows, options.trials)
 
