@@ -495,9 +495,7 @@ def main() -> None:
         console.print(f"zoo network {options.network}")
         compare(console, graph, counts, options.seeds)
         return
-    machines = [
-        attrs.evolve(mars, name=overlap, overlap=overlap) for overlap in OVERLAPS
-    ]
+    machines = [attrs.evolve(mars, name=overlap, overlap=overlap) for overlap in OVERLAPS]
     if options.sweep:
         machines = [
             attrs.evolve(one, name=f"{one.overlap}, {bits} bit", macro_write_bits=bits)

@@ -67,8 +67,8 @@ def starts(space: Space) -> Iterator[Point]:
     yield space.default
     yield bordered(space, space.default)
     joined = {"join": True, "chained": True}
+    yield bordered(space, _full_at_first(space, uniform(space, {"join": True})))
     for changes in (
-        {"join": True},
         joined | {"most": 1, "chunk": 16, "slots": "next"},
         joined | {"most": 8, "chunk": 4},
         joined | {"most": 24, "chunk": 16},
@@ -150,6 +150,21 @@ def bordered(space: Space, point: Point, *, pools: bool = True) -> Point:
                 cut = other
         found = cut
     return found if _has_room(space, found) else point
+
+
+def _full_at_first(space: Space, point: Point) -> Point:
+    """Give a point whose first arrays hold as many whole layers as fit, the last what is left.
+
+    That pays where too little is computed before the second filling to hide it.
+    """
+    held = 0
+    for index, layer in enumerate(space.graph.layers):
+        if isinstance(layer, Conv):
+            size = space.share(layer, point.choices[index]).group_sets
+            held += size
+            if held > space.arch.slots(space.packed[layer.name].weight_bits):
+                point, held = replaced(point, index, join=False), size
+    return point
 
 
 def _first_alone(space: Space, point: Point) -> Point:
