@@ -37,7 +37,7 @@ from tvm_mars.schedule import (
     plan,
     scheduled_steps,
 )
-from tvm_mars.schedule.plan import input_windows
+from tvm_mars.schedule.windows import input_windows
 
 MARS = PRESETS["mars"]
 

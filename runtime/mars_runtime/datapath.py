@@ -118,7 +118,7 @@ class _MapView:
             px = slice(
                 int(inside_x.argmax()), int(inside_x.argmax()) + columns.stop - columns.start
             )
-            patch[:, :, py, px] = self.codes(blocks)[:, :, rows, columns]
+            patch[:, :, py, px] = np.roll(self.codes(blocks), -sas.row, 2)[:, :, rows, columns]
         met = np.zeros((len(blocks), *self.shape[1:]), bool)
         if read is None:
             for r in range(kernel[0]):
@@ -127,7 +127,7 @@ class _MapView:
         else:
             read(met)
         mask = np.zeros(self.shape, bool)
-        mask[blocks] = met
+        mask[blocks] = np.roll(met, sas.row, 1)
         self.cells.read((slice(None), mask), start, end, self.view)
         return patch, inside_y[:, None] & inside_x
 

@@ -158,6 +158,9 @@ class Sas(Instruction):
 
     Group-sets whose index code has a tap in ``skip`` are passed over [A]: no cycle, no macro
     access, no port access, nothing added. Each of their codes is read once, not for every pixel.
+
+    The map's rows are a ring [A]: they lie from stored row ``row`` on, and behind the last stored
+    row follows the first. So rows that two windows of a map share stay where they are.
     """
 
     opcode = 4
@@ -182,6 +185,7 @@ class Sas(Instruction):
     origin_x: int = _bits(14, "input column of output column 0, tap column 0", signed=True)
     kernel_width: int = _bits(_SIZE, "columns of the kernel", default=1, least=1)
     skip: int = _bits(1 << _TAP, "mask of taps within the sub-kernel that are passed over")
+    row: int = _bits(_SIZE, "stored row that is the map's row 0; less than the rows")
 
 
 @attrs.frozen(kw_only=True, cache_hash=True)

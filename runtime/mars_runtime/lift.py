@@ -308,8 +308,11 @@ class _Lifter(Machine):
         _require(min(shape) > 0, "an empty map")
         size = planes * setting.blocks * height * width
         tags = self.banks[setting.bank][setting.base : setting.base + size]
+        rows = tags.reshape(planes, setting.blocks, height, width)
+        if isinstance(setting, isa.Sas):
+            rows = np.roll(rows, -setting.row, 2)
         part = tuple(slice(at, at + count) for at, count in zip(first, shape, strict=True))
-        window = tags.reshape(planes, setting.blocks, height, width)[(slice(None), *part)]
+        window = rows[(slice(None), *part)]
         begin = int(window[0, 0, 0, 0])
         map = self._map_of(begin)
         whole = self.maps[map]

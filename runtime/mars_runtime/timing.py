@@ -81,8 +81,16 @@ class CoreConfig:
 
 @functools.lru_cache(maxsize=8192)
 def configured(config: CoreConfig, setting: isa.Sas | isa.Apw | isa.Residual) -> CoreConfig:
-    """Give a core's registers after a setting; an APW setting clears the residual."""
+    """Give a core's registers after a setting; an APW setting clears the residual.
+
+    Raises
+    ------
+    MachineError
+        If a SAS begins a map at a row that the map has not.
+    """
     if isinstance(setting, isa.Sas):
+        if setting.row and setting.row >= setting.height:
+            raise MachineError(f"SAS has row={setting.row} of a map of {setting.height} rows")
         contexts = list(config.contexts)
         contexts[setting.context] = setting
         return attrs.evolve(config, contexts=tuple(contexts))

@@ -16,8 +16,8 @@ from mars_runtime.stopwatch import Computes
 from ..graph import Conv, Graph
 from ..schedule import LayerSchedule, Place, Schedule, Step, scheduled_steps
 from ..schedule.border import skipped_taps
-from ..schedule.plan import Window, input_windows
 from ..schedule.types import Part, Share
+from ..schedule.windows import Window, input_windows
 from .emitter import Span
 from .loading import Tile
 
@@ -61,7 +61,10 @@ def nothing_held(cores: int) -> Held:
 
 @attrs.frozen
 class Source:
-    """Where a tile's input lies in a bank: the map or the staged part of it."""
+    """Where a tile's input lies in a bank: the map or the staged part of it.
+
+    ``row`` is the stored row that is its first, behind the last one lies the first stored.
+    """
 
     place: Place
     type: MapType
@@ -70,6 +73,7 @@ class Source:
     height: int
     width: int
     origin: tuple[int, int]
+    row: int = 0
 
     @property
     def span(self) -> Span:
@@ -105,7 +109,7 @@ def conv_work(graph: Graph, arch: MarsArch, schedule: LayerSchedule, tile: Tile)
     (step,) = scheduled_steps(graph, Schedule((schedule,)))
     layer, types = step.layer, graph.types
     assert isinstance(layer, Conv)
-    windows = input_windows(step, types, tile)
+    windows = input_windows(step, types, tile, schedule.kept)
     sources = tile_sources(step, schedule, types, windows, 0, None)
     target, (y, x), writes = target_fields(
         step, schedule, types, tile, 0, types[step.output].blocks
@@ -163,6 +167,7 @@ def without_loads(schedule: LayerSchedule) -> LayerSchedule:
         row_groups=schedule.row_groups,
         row_cuts=schedule.row_cuts,
         column_cuts=schedule.column_cuts,
+        halo=schedule.halo,
     )
 
 
@@ -182,9 +187,8 @@ def tile_sources(
         kind = types[name]
         if staged:
             count = kind.blocks if blocks is None else blocks
-            sources.append(
-                Source(place, kind, block, count, window.height, window.width, window.origin)
-            )
+            size = window.height, window.width
+            sources.append(Source(place, kind, block, count, *size, window.origin, window.row))
         else:
             origin = (window.origin[0] + window.y, window.origin[1] + window.x)
             sources.append(Source(place, kind, 0, kind.blocks, kind.height, kind.width, origin))
@@ -221,6 +225,7 @@ def sas(
         origin_x=source.origin[1] + at[1] * stride[1],
         kernel_width=kernel_width,
         skip=skip,
+        row=source.row,
     )
 
 

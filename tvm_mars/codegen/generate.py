@@ -17,8 +17,8 @@ from mars_runtime.timing import RAW_WORDS
 from ..graph import Add, Conv, Graph, Pool, layer_macs
 from ..pack import PackedConv
 from ..schedule import LayerSchedule, Load, Place, Schedule, Step, scheduled_steps
-from ..schedule.plan import Window, input_windows
 from ..schedule.types import Share
+from ..schedule.windows import Window, input_windows
 from .computing import (
     APW,
     ConvWork,
@@ -67,7 +67,8 @@ class _Generator:
         self.next_word = -(-self.image_bytes // WORD_BYTES)
         self.addresses: dict[str, int] = {}
         self.held = nothing_held(arch.cores)
-        self.staged: dict[Place, tuple[str, Window]] = {}
+        # What was moved in last: a value, its first block, the window.
+        self.staged: dict[Place, tuple[str, int, Window]] = {}
         self.works: dict[tuple[int, Tile], ConvWork] = {}  # by layer and tile
         self.partial_base = 0
 
@@ -170,41 +171,46 @@ class _Generator:
         block: int,
         blocks: int,
         staged_blocks: int | None = None,
+        rows: tuple[int, int, int] | None = None,
     ) -> None:
         """Move a window of some channel blocks of a map, all nibble planes.
 
-        In the bank lie these blocks alone, or ``staged_blocks`` of the map from block 0 on.
+        In the bank lie these blocks alone, or ``staged_blocks`` of the map from block 0 on. Not all
+        of the window moves if ``rows`` are told, as :meth:`Window.missing` has them.
         """
         kind = self.types[value]
         # A pixel of accumulators is a row of eight words instead of planes.
         depth = RAW_WORDS if kind.bits == RAW_BITS else 1
         planes = kind.planes // depth
-        plane = window.height * window.width * depth
+        row = window.width * depth
+        plane = window.height * row
         offchip_plane = kind.height * kind.width * depth
-        at = self._address(value) + (window.y * kind.width + window.x) * depth
+        first_row, stored_row, height = rows or (window.y, 0, window.height)
+        at = self._address(value) + (first_row * kind.width + window.x) * depth
         stored, skipped = (blocks, 0) if staged_blocks is None else (staged_blocks, block)
         runs = [(p * stored + skipped, p * kind.blocks + block, blocks) for p in range(planes)]
         if blocks == kind.blocks:
             runs = [(0, 0, planes * blocks)]  # the planes of a whole map follow each other
         for in_bank, first, count in runs:
-            base = place.base + in_bank * plane
-            bank_span: Span = (("bank", place.bank), base, base + count * plane)
+            base = place.base + in_bank * plane + stored_row * row
+            end = base + (count - 1) * plane + height * row
+            bank_span: Span = (("bank", place.bank), base, end)
             address = at + first * offchip_plane
-            end = address + (count - 1) * offchip_plane + (window.height - 1) * kind.width * depth
-            offchip_span: Span = ("offchip", address, end + window.width * depth)
+            end = address + (count - 1) * offchip_plane + (height - 1) * kind.width * depth + row
+            offchip_span: Span = ("offchip", address, end)
             inward = direction == isa.MOVE_IN
             self.out.emit(
                 isa.Move(
                     direction=direction,
                     bank=place.bank,
                     base=base,
-                    pitch=window.width * depth,
+                    pitch=row,
                     plane=plane,
                     address=address,
                     offchip_pitch=kind.width * depth,
                     offchip_plane=offchip_plane,
-                    words=window.width * depth,
-                    rows=window.height,
+                    words=row,
+                    rows=height,
                     planes=count,
                 ),
                 DMA,
@@ -251,9 +257,8 @@ class _Generator:
         schedule: LayerSchedule,
         windows: Sequence[Window],
         sources: Sequence[Source],
-        anew: bool = False,
     ) -> None:
-        """Move a tile's staged inputs in; ``anew`` even those that lie there."""
+        """Move in what of a tile's staged inputs does not lie there."""
         for name, window, source, staged in zip(
             step.layer.inputs, windows, sources, schedule.staged, strict=True
         ):
@@ -262,9 +267,13 @@ class _Generator:
             place = source.place
             # A residual in the output's place is overwritten; anything else may still lie there.
             shared = schedule.output_staged and place == schedule.place
-            if shared or anew or self.staged.get(place) != (name, window):
-                self._move(isa.MOVE_IN, name, window, place, source.block, source.blocks)
-                self.staged[place] = (name, window)
+            held = None
+            if not shared and place in self.staged:
+                *before, moved = self.staged[place]
+                held = moved if before == [name, source.block] else None
+            for rows in window.missing(held):
+                self._move(isa.MOVE_IN, name, window, place, source.block, source.blocks, rows=rows)
+            self.staged[place] = (name, source.block, window)
 
     def _set(self, cores: Sequence[int], register: int, settings: Settings) -> None:
         """Emit the settings of a register for the cores that do not have them already."""
@@ -394,9 +403,9 @@ class _Generator:
         block: int,
         blocks: int,
     ) -> None:
-        windows = input_windows(step, self.types, tile)
+        windows = input_windows(step, self.types, tile, schedule.kept)
         sources = tile_sources(step, schedule, self.types, windows, block, blocks)
-        self._stage(step, schedule, windows, sources, anew=True)
+        self._stage(step, schedule, windows, sources)
         cores = tuple(range(min(self.arch.cores, blocks)))
         for context, source in enumerate(sources):
             stride = layer.stride if isinstance(layer, Pool) else (1, 1)

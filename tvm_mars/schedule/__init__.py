@@ -9,8 +9,10 @@ from .loads import make_loads
 from .plan import Planner, Step, fuse_pools, plan, scheduled_steps, smallest_tile, tile_extents
 from .types import (
     DEALINGS,
+    HALOS,
     SLOTS,
     Dealing,
+    Halo,
     LayerSchedule,
     Load,
     Piece,
@@ -22,10 +24,12 @@ from .types import (
 __all__ = [
     "BORDERS",
     "DEALINGS",
+    "HALOS",
     "SLOTS",
     "Border",
     "Choice",
     "Dealing",
+    "Halo",
     "LayerSchedule",
     "Load",
     "Piece",

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import attrs
 
 from ..graph import Graph
-from .types import Dealing, LayerSchedule, Schedule, Slots
+from .types import Dealing, Halo, LayerSchedule, Schedule, Slots
 
 __all__ = ["BORDERS", "Border", "Choice", "Point", "point_of"]
 
@@ -20,7 +20,7 @@ BORDERS: tuple[Border, ...] = ("whole", "rows", "both")
 
 @attrs.frozen(kw_only=True)
 class Choice:
-    """The decisions of one layer; those from ``order`` on concern convolutions.
+    """The decisions of one layer; those from ``order`` to ``border`` concern convolutions.
 
     Parameters
     ----------
@@ -66,6 +66,9 @@ class Choice:
     border : "whole", "rows" or "both"
         Whether rows, or rows and columns, at the border have CONVs of their own, which pass over
         the taps that only meet padding there.
+    halo : "reload" or "keep"
+        Whether rows of a staged input that the windows of tiles share stay in the bank, where tiles
+        have the width of the map.
     """
 
     tile: tuple[int, int]
@@ -87,6 +90,7 @@ class Choice:
     apart: bool = False
     chained: bool = False
     border: Border = "whole"
+    halo: Halo = "reload"  # as records have it that know of no other
 
 
 @attrs.frozen
@@ -119,7 +123,7 @@ def point_of(graph: Graph, schedule: Schedule, apart: Schedule | None = None) ->
 
 def _choice(run: LayerSchedule | None, written: LayerSchedule | None, fused: bool) -> Choice:
     """Give the choice of a layer that one entry runs, and whose map one entry writes."""
-    choice = Choice(tile=(1, 1), block_tile=1, staged=True, fused=fused)
+    choice = Choice(tile=(1, 1), block_tile=1, staged=True, fused=fused, halo="keep")
     if written is not None:
         choice = attrs.evolve(
             choice, tile=written.tile, staged=written.output_staged, bank=written.place.bank

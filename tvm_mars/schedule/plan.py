@@ -17,11 +17,12 @@ from mars_runtime.maps import MapType
 from mars_runtime.packing import group_set_bytes
 from mars_runtime.timing import RAW_WORDS, WORD_BITS, fill_cost, offchip_cycles
 
-from ..graph import Add, Conv, Graph, Layer, Pool
+from ..graph import Conv, Graph, Layer, Pool
 from ..pack import PackedConv
 from .border import border_cuts
 from .loads import make_loads
-from .types import Dealing, LayerSchedule, Load, Place, Schedule, ScheduleError
+from .types import Dealing, Halo, LayerSchedule, Load, Place, Schedule, ScheduleError
+from .windows import extents, shares_rows
 
 if TYPE_CHECKING:
     from .choices import Border, Choice, Point
@@ -31,9 +32,7 @@ Item: TypeAlias = int | str
 
 __all__ = [
     "Step",
-    "Window",
     "fuse_pools",
-    "input_windows",
     "plan",
     "scheduled_steps",
     "smallest_tile",
@@ -97,71 +96,6 @@ def scheduled_steps(graph: Graph, schedule: Schedule) -> tuple[Step, ...]:
         assert pool is None or isinstance(pool, Pool)
         steps.append(Step(layers[entry.layer], pool))
     return tuple(steps)
-
-
-@attrs.frozen
-class Window:
-    """What of an input a tile needs: rows and columns, and where the tile's origin falls in it.
-
-    ``origin`` is the input row and column, counted from the first needed one, that output pixel
-    (0, 0) of the tile meets with tap (0, 0); negative in the padding.
-    """
-
-    y: int
-    x: int
-    height: int
-    width: int
-    origin: tuple[int, int]
-
-
-def _axis(
-    first: int, count: int, kernel: int, stride: int, dilation: int, pad: int, size: int
-) -> tuple[int, int, int]:
-    start = first * stride - pad
-    stop = start + (count - 1) * stride + (kernel - 1) * dilation + 1
-    low = min(max(start, 0), size - 1)  # a tile that only meets padding still names one row
-    high = max(low + 1, min(stop, size))
-    return low, high - low, start - low
-
-
-def _windowed(
-    tile: tuple[int, int, int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    padding: Sequence[int],
-    source: MapType,
-) -> Window:
-    y, height, origin_y = _axis(
-        tile[0], tile[2], kernel[0], stride[0], dilation[0], padding[0], source.height
-    )
-    x, width, origin_x = _axis(
-        tile[1], tile[3], kernel[1], stride[1], dilation[1], padding[1], source.width
-    )
-    return Window(y, x, height, width, (origin_y, origin_x))
-
-
-def input_windows(
-    step: Step, types: Mapping[str, MapType], tile: tuple[int, int, int, int]
-) -> tuple[Window, ...]:
-    """For a tile (row, column, height, width) of a step's output, what it needs of each input."""
-    layer = step.layer
-    if isinstance(layer, Pool):
-        return (
-            _windowed(tile, layer.kernel, layer.stride, (1, 1), layer.padding, types[layer.input]),
-        )
-    ph, pw = step.pooling
-    pixels = (tile[0] * ph, tile[1] * pw, tile[2] * ph, tile[3] * pw)
-    if isinstance(layer, Add):
-        whole = Window(*pixels, (0, 0))
-        return tuple(whole for _ in layer.operands)
-    windows = [
-        _windowed(pixels, term.kernel, term.stride, term.dilation, term.padding, types[term.input])
-        for term in layer.terms
-    ]
-    if layer.residual:
-        windows.append(Window(*pixels, (0, 0)))
-    return tuple(windows)
 
 
 # -- places ----------------------------------------------------------------------------------------
@@ -444,6 +378,7 @@ class Planner:
                 place,
                 arranged,
                 resident,
+                choice.halo,
             ),
             order=choice.order if many else "loads",
             fetch_chunk=choice.chunk,
@@ -466,7 +401,10 @@ class Planner:
         place: Place | None,
         arranged: Mapping[Item, Place],
         resident: Mapping[str, Place],
+        halo: Halo = "keep",
     ) -> LayerSchedule:
+        staged = tuple(name not in resident for name in step.layer.inputs)
+        keeps = halo == "keep" and shares_rows(step, self.types, tile, staged)
         return LayerSchedule(
             step.layer.name,
             step.output,
@@ -475,13 +413,14 @@ class Planner:
             block_tile,
             "loads",
             self._input_places(step, resident, arranged),
-            tuple(name not in resident for name in step.layer.inputs),
+            staged,
             place or arranged["output"],
             place is None,
             copy_out=place is not None and step.output in self.left,
             partial=partial,
             partial_place=arranged.get("partial"),
             row_groups=row_groups,
+            halo="keep" if keeps else "reload",
         )
 
     def cuts(self, step: Step, border: Border) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -685,7 +624,7 @@ def staging_sizes(
     """
     layer, out = step.layer, types[step.output]
     sizes: dict[Item, int] = {}
-    windows = _extent_windows(step, types, tile)
+    windows = extents(step, types, tile)
     for i, (name, window) in enumerate(zip(layer.inputs, windows, strict=True)):
         if name in resident:
             continue
@@ -699,37 +638,6 @@ def staging_sizes(
         blocks = out.blocks if isinstance(layer, Conv) else block_tile
         sizes["output"] = out.planes * blocks * tile[0] * tile[1]
     return sizes
-
-
-def _extent_windows(
-    step: Step, types: Mapping[str, MapType], tile: tuple[int, int]
-) -> Iterator[tuple[int, int]]:
-    """Largest rows and columns of each input that any tile of this size needs."""
-    layer = step.layer
-    height, width = tile[0] * step.pooling[0], tile[1] * step.pooling[1]
-
-    def extent(
-        source: MapType,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> tuple[int, int]:
-        needed = [
-            (count - 1) * s + (k - 1) * d + 1
-            for count, k, s, d in zip((height, width), kernel, stride, dilation, strict=True)
-        ]
-        return min(needed[0], source.height), min(needed[1], source.width)
-
-    if isinstance(layer, Pool):
-        yield extent(types[layer.input], layer.kernel, layer.stride, (1, 1))
-    elif isinstance(layer, Conv):
-        for term in layer.terms:
-            yield extent(types[term.input], term.kernel, term.stride, term.dilation)
-        if layer.residual:
-            yield height, width
-    else:
-        for _ in layer.operands:
-            yield height, width
 
 
 def smallest_tile(

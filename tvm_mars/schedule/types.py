@@ -15,8 +15,10 @@ from .border import runs
 
 __all__ = [
     "DEALINGS",
+    "HALOS",
     "SLOTS",
     "Dealing",
+    "Halo",
     "LayerSchedule",
     "Load",
     "Part",
@@ -35,6 +37,10 @@ DEALINGS: tuple[Dealing, ...] = get_args(Dealing)
 #: Which macro slots a load takes.
 Slots: TypeAlias = Literal["low", "next", "oldest"]
 SLOTS: tuple[Slots, ...] = get_args(Slots)
+
+#: What becomes of rows that the windows of tiles share.
+Halo: TypeAlias = Literal["reload", "keep"]
+HALOS: tuple[Halo, ...] = get_args(Halo)
 
 
 class ScheduleError(MarsError, ValueError):
@@ -188,6 +194,9 @@ class LayerSchedule:
     row_cuts, column_cuts : tuple of int
         Rows and columns of the output at which a CONV ends within a tile, so that those at the
         border pass over the taps that only meet padding there.
+    halo : "reload" or "keep"
+        Whether rows of a staged input that the windows of tiles share are moved in for each of
+        them, or stay in the bank: the window is then a ring of rows.
     """
 
     layer: str
@@ -213,6 +222,12 @@ class LayerSchedule:
     chained: bool = False
     row_cuts: tuple[int, ...] = ()
     column_cuts: tuple[int, ...] = ()
+    halo: Halo = "reload"
+
+    @property
+    def kept(self) -> int | None:
+        """Rows of a whole tile, if rows that windows share stay (see :func:`input_windows`)."""
+        return self.tile[0] if self.halo == "keep" else None
 
     def tiles(self, type: MapType) -> Iterator[tuple[int, int, int, int]]:
         """Yield row, column, height and width of each tile of the output map."""
@@ -254,9 +269,10 @@ class LayerSchedule:
             count = (1 + len(self.row_cuts)) * (1 + len(self.column_cuts))
             cut = f", border cut into {count} parts"
         fused = f" with {self.output}" if self.output != self.layer else ""
+        halo = ", halo kept" if self.halo == "keep" else ""
         return (
             f"{self.layer}{fused}: {len(self.loads)} loads, tile {self.tile[0]}x{self.tile[1]}, "
-            f"{self.order} outside, {' '.join(places)} -> {out}{partial}{groups}{cut}"
+            f"{self.order} outside, {' '.join(places)} -> {out}{partial}{groups}{cut}{halo}"
         )
 
 
