@@ -22,7 +22,7 @@ from ..pack import PackedConv
 from .border import border_cuts
 from .loads import make_loads
 from .types import Dealing, Halo, LayerSchedule, Load, Place, Schedule, ScheduleError
-from .windows import extents, shares_rows
+from .windows import extents, overlaps, shares_rows
 
 if TYPE_CHECKING:
     from .choices import Border, Choice, Point
@@ -570,8 +570,7 @@ class Planner:
         cost = (tiles if by_tile else 1) * sum(
             self._load_cycles(schedule.layer, load) for load in loads
         )
-        sizes = staging_sizes(step, self.types, schedule.tile, schedule.block_tile, False, resident)
-        words = tiles * sum(size for item, size in sizes.items() if item != "output")
+        words = self._moved_words(step, schedule, tiles, resident)
         cost += (1 if by_tile else max(1, len(loads))) * offchip_cycles(arch, words * WORD_BITS)
         if schedule.output_staged:  # it leaves, and comes back where it is used
             cost += offchip_cycles(arch, 2 * out.words * WORD_BITS)
@@ -587,6 +586,21 @@ class Planner:
             for load in loads
         )
         return cost + busiest * pixels
+
+    def _moved_words(
+        self, step: Step, schedule: LayerSchedule, tiles: int, resident: Mapping[str, Place]
+    ) -> int:
+        """Estimate the words that move in for all tiles of a step."""
+        sizes = staging_sizes(step, self.types, schedule.tile, schedule.block_tile, False, resident)
+        shared, most = overlaps(step, self.types), extents(step, self.types, schedule.tile)
+        words = 0
+        for i, name in enumerate(step.layer.inputs):
+            size = sizes.get(i, 0)
+            if schedule.halo == "keep" and shared[i]:
+                words += size // most[i][0] * self.types[name].height
+            else:
+                words += tiles * size
+        return words
 
 
 def _step_choice(step: Step, chosen: Mapping[str, Choice]) -> Choice:

@@ -22,6 +22,7 @@ slots            which macro slots loads take, by its position in :data:`SLOTS`
 apart            whether each core has a CONV of its own
 chained          whether its one kernel block is spread over the cores
 border           0 for the whole map, 1 for rows of their own at the border, 2 for columns too
+halo             whether rows that windows share stay in the bank
 group_sets       of the layer, as a share of the chip's arrays
 pixels           of the layer, as a share of the graph's largest
 held             group-sets of the core that has most, in arrays
@@ -113,6 +114,7 @@ def _layer_features(space: Space, layer: Layer, choice: Choice, largest: int) ->
         choice.apart,
         choice.chained,
         BORDERS.index(choice.border),
+        choice.halo == "keep",
         packed.group_sets / (capacity * space.arch.cores) if packed else 0.0,
         out.height * out.width / largest,
     ]

@@ -25,6 +25,7 @@ from ..pack import PackedConv
 from ..schedule import (
     BORDERS,
     DEALINGS,
+    HALOS,
     SLOTS,
     Border,
     Choice,
@@ -43,6 +44,7 @@ from ..schedule import (
 )
 from ..schedule.border import runs
 from ..schedule.loads import chained_loads
+from ..schedule.windows import shares_rows
 
 __all__ = ["Share", "Space"]
 
@@ -328,6 +330,8 @@ class Space:
             found |= {"block_tile": tuple(tile_extents(out.blocks))}
         if self.fusible.get(layer.name) == index:
             found |= {"fused": (False, True)}
+        if self._shares_rows(self.default, index):
+            found |= {"halo": HALOS}
         return {
             name: values if getattr(default, name) in values else (getattr(default, name), *values)
             for name, values in found.items()
@@ -410,7 +414,21 @@ class Space:
         idle: tuple[str, ...] = ()
         if fused:
             idle = ("block_tile",) if pool == index else ("tile", "staged", "bank")
+        if not self._shares_rows(point, index):
+            idle += ("halo",)
         return {n: values for n, values in domain.items() if len(values) > 1 and n not in idle}
+
+    def _shares_rows(self, point: Point, index: int) -> bool:
+        """Tell whether tiles of a layer share rows of an input that is moved in for them."""
+        layer, writer = self.graph.layers[index], self.writer(point, index)
+        if isinstance(layer, Pool) and point.choices[index].fused:
+            return False
+        pool = self.graph.layers[writer]
+        step = Step(layer, pool if isinstance(pool, Pool) and writer != index else None)
+        layers = zip(self.graph.layers, point.choices, strict=True)
+        offchip = {other.name: choice.staged for other, choice in layers}
+        staged = [offchip.get(name, True) for name in layer.inputs]
+        return shares_rows(step, self.graph.types, point.choices[writer].tile, staged)
 
     def writer(self, point: Point, index: int) -> int:
         """Give the layer that decides where a layer's result is written: it, or its fused pool."""
