@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -26,7 +27,8 @@ from tvm_mars.graph import (
     Requant,
     Residual,
 )
-from tvm_mars.schedule import Border, Point
+from tvm_mars.pack import PackedConv
+from tvm_mars.schedule import Border, Point, Schedule, plan
 from tvm_mars.tuner.space import Space
 
 
@@ -112,6 +114,13 @@ def bordered_region(graph: Graph, arch: MarsArch, border: Border = "both") -> Re
     choices = (attrs.evolve(choice, border=border) for choice in space.default.choices)
     schedule = space.realize(Point(tuple(choices)))
     return build_region(NamedGraph.of(graph), arch, scheduler=lambda *_: schedule)
+
+
+def reloading(graph: Graph, arch: MarsArch, packed: Mapping[str, PackedConv]) -> Schedule:
+    """Make the default schedule, but that all rows of a window are moved in for each tile."""
+    schedule = plan(graph, arch, packed)
+    layers = tuple(attrs.evolve(entry, halo="reload") for entry in schedule.layers)
+    return attrs.evolve(schedule, layers=layers)
 
 
 def tiny_conv() -> Graph:

@@ -216,6 +216,36 @@ def test_pools_and_additions_take_their_port_accesses(op, bank, apw, second, cyc
     assert event.end - event.start == cycles
 
 
+RING = """
+MOVE pitch=2 plane=4 address=41 offchip_pitch=2 offchip_plane=4 words=2 rows={rows} planes=2 \
+ signal=0
+SAS cores=1 blocks=1 height=2 width=2 wide=a8 row={row} origin_y={origin}
+APW cores=1 wide=a8 bank=1 blocks=1 height=2 width=2
+POOL cores=1 blocks=1 height={height} width=2 wait=0 signal=1
+MOVE direction=out bank=1 pitch=2 plane=4 address=49 offchip_pitch=2 offchip_plane=4 words=2 \
+rows={height} planes=2 wait=1
+HALT
+"""
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_map_may_begin_at_any_of_its_rows(row):
+    """A window of one pixel copies: stored row 0 is read as the row that ``row`` makes of it."""
+    text = RING.format(rows=2, row=row, origin=0, height=2)
+    machine, _ = run_text(text)
+    rows = np.arange(64, dtype=np.uint8).reshape(16, 2, 2)
+    assert np.array_equal(machine.read_output(0)[0], np.roll(rows, -row, 1))
+
+
+@pytest.mark.parametrize(("row", "origin"), [(0, 0), (1, 1)])
+def test_only_the_stored_rows_that_are_read_must_be_there(row, origin):
+    """Of two rows the first stored one is moved in: row 0 from there on, row 1 from behind it."""
+    text = RING.format(rows=1, row=row, origin=origin, height=1)
+    run_text(text)
+    with pytest.raises(PoisonError, match="bank 0 where nothing was written"):
+        run_text(text.replace(f"origin_y={origin}", f"origin_y={1 - origin}"))
+
+
 # -- hazards and refusals --------------------------------------------------------------------------
 
 
@@ -279,6 +309,7 @@ def test_what_the_hardware_cannot_do_is_refused(name, text, error, message):
         ("address=41", "address=40", MemoryAccessError),
         ("address=49", "address=50", MemoryAccessError),
         ("wait=0,1", "wait=0,1,5", MachineError),
+        ("SAS cores=0b1 blocks=1", "SAS cores=0b1 row=2 blocks=1", MachineError),
     ],
 )
 def test_addresses_and_masks_beyond_the_machine_are_refused(old, new, error):

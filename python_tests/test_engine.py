@@ -28,7 +28,7 @@ from mars_runtime.plan import Plan, _Scaling, _vectors
 from mars_runtime.program import Region
 from mars_runtime.quantize import Dequantize, Quantize
 from python_tests.random_graphs import random_inputs
-from python_tests.small_networks import bordered_region
+from python_tests.small_networks import bordered_region, reloading
 from python_tests.test_machine import MACHINES, network_of
 from tvm_mars.compiler import NamedGraph, build, build_region
 from tvm_mars.graph import (
@@ -210,6 +210,32 @@ def test_taps_that_are_passed_over_belong_to_the_layer(name, first_seed):
             hidden += 1
             assert "passes over taps that meet the map" in str(reason)
     assert compared >= 8 and hidden > compared // 2
+
+
+@pytest.mark.parametrize("name", ["small", "tiny", "one"])
+def test_rings_of_rows_are_windows_of_the_map(name, first_seed):
+    """Layers are the same with halos kept and without; a ring that begins elsewhere is no map."""
+    compared = 0
+    for seed in range(first_seed, first_seed + 40):
+        graph, arch = network_of(seed), MACHINES[name]
+        try:
+            region = build_region(NamedGraph.of(graph), arch)
+            moved_anew = build_region(NamedGraph.of(graph), arch, scheduler=reloading)
+        except mars_runtime.CapacityError:
+            continue
+        code = list(region.instructions)
+        rings = [i for i, one in enumerate(code) if isinstance(one, isa.Sas) and one.row]
+        if not rings:
+            continue
+        compared += 1
+        assert dump(lift(region, arch)) == dump(lift(moved_anew, arch))
+        for ring in rings:
+            sas = code[ring]
+            code[ring] = attrs.evolve(sas, row=(sas.row + 1) % sas.height)
+            with pytest.raises(NotLifted, match="reads a window of several maps"):
+                lift(attrs.evolve(region, code=isa.encode_all(code)), arch)
+            code[ring] = sas
+    assert compared >= 6, compared
 
 
 @st.composite

@@ -192,11 +192,12 @@ def test_missing_waits_never_give_wrong_codes(name):
 def test_the_programs_hold_every_instruction():
     held = set()
     offchip = set()
-    masks = 0
+    masks = rings = 0
     for name in MACHINES:
         code = Subject(name).region.instructions
         masks += sum(bool(one.skip) for one in code if isinstance(one, isa.Sas))
+        rings += sum(bool(one.row) for one in code if isinstance(one, isa.Sas))
         held |= {type(one) for one in code}
         offchip |= {one.partial for one in code if isinstance(one, isa.Conv)}
-    assert held == set(isa.INSTRUCTIONS) and masks > 2
+    assert held == set(isa.INSTRUCTIONS) and masks > 2 and rings > 2
     assert offchip == {isa.PARTIAL_BANK, isa.PARTIAL_OFFCHIP}

@@ -34,10 +34,11 @@ from tvm_mars.graph import (
     Output,
     Pool,
     Requant,
+    Residual,
     evaluate_values,
 )
 from tvm_mars.networks import resnet18, vgg16
-from tvm_mars.schedule import DEALINGS, Point, ScheduleError, plan, scheduled_steps
+from tvm_mars.schedule import DEALINGS, HALOS, Point, ScheduleError, plan, scheduled_steps
 from tvm_mars.tuner.bound import least_cycles
 from tvm_mars.tuner.space import Space, replaced
 from tvm_mars.tuner.staggering import staggered
@@ -429,6 +430,240 @@ def test_what_the_port_lacks_is_fetched_ahead():
             assert after.cycles < 0.95 * before.cycles
             fetched = [total(time.layers).fetched_bits for time in (before, after)]
             assert fetched[0] == fetched[1]
+
+
+def halo_kinds(space: Space, point: Point) -> set[str]:
+    """Name what the layers have whose windows are rings of rows, and which of them turn."""
+    found: set[str] = set()
+    schedule = space.realize(point)
+    region = build_region(NamedGraph.of(space.graph), space.arch, scheduler=lambda *_: schedule)
+    steps = scheduled_steps(space.graph, schedule)
+    for step, entry, layer in zip(steps, schedule.layers, region.layers, strict=True):
+        if entry.halo == "reload":
+            continue
+        code = region.instructions[layer.start : layer.stop]
+        if not any(isinstance(one, isa.Sas) and one.row for one in code):
+            continue
+        axes, out = step.layer, space.graph.types[step.output]
+        conv = axes if isinstance(axes, Conv) else None
+        terms = conv.terms if conv else ()
+        tests = {
+            "pool": isinstance(axes, Pool),
+            "blocks of a pool in turn": isinstance(axes, Pool) and entry.block_tile < out.blocks,
+            "stride": any(term.stride[0] > 1 for term in terms),
+            "dilation": any(term.dilation[0] > 1 for term in terms),
+            "fused pool": step.pool,
+            "residual": conv and conv.residual,
+            "residual over several loads": conv
+            and conv.residual
+            and entry.order == "tiles"
+            and len(entry.loads) > 1,
+            "four bits": any(space.graph.types[name].bits == 4 for name in axes.inputs),
+            "padding": any(term.padding[0] for term in terms),
+            "smaller tile": out.height % entry.tile[0],
+            "tiles outside": entry.order == "tiles" and len(entry.loads) > 1,
+            "loads outside": entry.order == "loads" and len(entry.loads) > 1,
+            "row groups": entry.row_groups > 1,
+            "borders": entry.row_cuts,
+            "staged output": entry.output_staged,
+        }
+        found |= {name for name, holds in tests.items() if holds}
+    return found
+
+
+HALO_CHUNKS = 4
+HALO_SEEDS = 80
+
+
+def kept_and_reloaded(
+    space: Space,
+    keep: Point,
+    reload: Point,
+    codes: dict[str, np.ndarray],
+    values: dict[str, np.ndarray],
+) -> set[str]:
+    """Execute a point with halos kept and without; name what the layers have that keep some."""
+    assert "refused" not in [run_point(space, one, codes, values) for one in (keep, reload)]
+    moved, again = (total(space.time(one).layers) for one in (keep, reload))
+    assert moved.map_in_bits < again.map_in_bits
+    # What is computed and what is read stay as they are.
+    assert moved.map_reads == again.map_reads
+    assert moved.macro_accesses == again.macro_accesses
+    return halo_kinds(space, keep)
+
+
+@pytest.mark.parametrize("chunk", range(HALO_CHUNKS))
+def test_rows_that_windows_share_stay_or_are_moved_in_again(chunk, first_seed):
+    """Both on each drawn point, on machines whose banks force strips: same codes, fewer words."""
+    tried, kinds = Counter[str](), Counter[str]()
+    first = first_seed + HALO_SEEDS * chunk
+    for seed in range(first, first + HALO_SEEDS):
+        graph = network_of(seed)
+        codes = codes_of(graph, seed)
+        values = evaluate_values(graph, codes)
+        for name in ("tiny", ("small", "one", "prefetch")[seed % 3]):
+            try:
+                space = Space.of(graph, MACHINES[name])
+            except CapacityError:
+                continue
+            rng = random.Random(f"{name} {seed}")
+            open_ = [i for i in range(len(graph.layers)) if "halo" in space.domain(i)]
+            for _ in range(3 if open_ else 0):
+                point = drawn_point(space, rng)
+                keep, reload = (
+                    Point(tuple(attrs.evolve(choice, halo=halo) for choice in point.choices))
+                    for halo in HALOS[::-1]
+                )
+                if space.legal(keep) or space.realize(keep) == space.realize(reload):
+                    continue
+                tried["both"] += 1
+                kinds.update(kept_and_reloaded(space, keep, reload, codes, values))
+    assert tried["both"] >= 10, tried
+    assert set(kinds) >= {"padding", "staged output", "four bits", "smaller tile"}, kinds
+
+
+def overlapping(seed: int) -> Graph:
+    """A convolution, a pool and a convolution with a residual, all with windows that overlap."""
+    rng = np.random.default_rng(seed)
+
+    def axis(size: int) -> tuple[int, int, int, int, int]:
+        """Give kernel, stride, dilation, padding, and what they make of a size."""
+        kernel = int(rng.integers(2, 6))
+        dilation = int(rng.integers(1, 3)) if kernel < 4 else 1
+        reach = (kernel - 1) * dilation
+        stride, padding = int(rng.integers(1, min(reach, 3) + 1)), int(rng.integers(0, reach))
+        return kernel, stride, dilation, padding, (size + 2 * padding - reach - 1) // stride + 1
+
+    def conv(name: str, source: str, before: int, channels: int, term: ConvTerm) -> Conv:
+        return Conv(name, [term], rng.integers(-4000, 4000, channels), Requant.eq5(bits, 13))
+
+    bits, size = int(rng.choice([4, 8])), (int(rng.integers(16, 31)), int(rng.integers(5, 9)))
+    kind = MapType(int(rng.integers(10, 40)), *size, int(rng.choice([4, 8])))
+    rows, columns = axis(size[0]), axis(size[1])
+    channels = int(rng.integers(10, 70))
+    weight = rng.integers(-40, 41, (channels, kind.channels, rows[0], columns[0]))
+    strides, dilations, paddings = ((rows[i], columns[i]) for i in (1, 2, 3))
+    term = ConvTerm("x0", weight, stride=strides, dilation=dilations, padding=2 * paddings)
+    layers: list[Conv | Pool] = [conv("conv0", "x0", kind.channels, channels, term)]
+    source, height, width = "conv0", rows[4], columns[4]
+    if rng.random() < 0.4 and min(height, width) > 3:  # to be fused
+        layers.append(Pool("maxpool1", "max", source, (2, 2), (2, 2)))
+        source, height, width = "maxpool1", height // 2, width // 2
+    mode, stride = str(rng.choice(["max", "avg"])), int(rng.integers(1, 3))
+    requant = None if mode == "max" else Requant.eq5(bits, 8)
+    name = f"{mode}pool{len(layers)}"
+    layers.append(Pool(name, mode, source, (3, 3), (stride, 1), (1, 1, 1, 1), requant=requant))
+    height = (height - 1) // stride + 1
+    weight = rng.integers(-40, 41, (channels, channels, 3, 3))
+    last = f"conv{len(layers)}"
+    term = ConvTerm(name, weight, padding=(1, 1, 1, 1))
+    layers.append(
+        attrs.evolve(conv(last, name, channels, channels, term), residual=Residual(name, 5))
+    )
+    output = Output(last, (channels, height, width), Dequantize("uint8"))
+    images = Quantize("uint8", high=2**kind.bits - 1)
+    return Graph([Input("x0", kind, kind.shape, images)], layers, [output])
+
+
+def test_rings_of_every_kind_of_window(first_seed):
+    """Every map off-chip, every layer in strips of any height; otherwise random decisions."""
+    arch = attrs.evolve(MARS, cores=2, weight_groups_per_partition=40, array_fill_cycles=20)
+    ran = 0
+    kinds = Counter[str]()
+    for seed in range(first_seed, first_seed + 60):
+        graph = overlapping(seed)
+        space = Space.of(graph, attrs.evolve(arch, overlap=("none", "full")[seed % 2]))
+        codes = codes_of(graph, seed)
+        values = evaluate_values(graph, codes)
+        rng = random.Random(seed)
+        for _ in range(2):
+            point = drawn_point(space, rng)
+            for index, layer in enumerate(graph.layers):
+                out = graph.types[layer.name]
+                height = rng.randint(1, max(1, out.height // 2))
+                blocks = rng.randint(1, out.blocks)
+                groups = min(height, point.choices[index].row_groups)
+                point = replaced(
+                    point,
+                    index,
+                    tile=(height, out.width),
+                    staged=True,
+                    block_tile=blocks,
+                    row_groups=groups,
+                    halo="keep",
+                )
+            if space.legal(point):
+                continue
+            reload = Point(tuple(attrs.evolve(one, halo="reload") for one in point.choices))
+            kinds.update(kept_and_reloaded(space, point, reload, codes, values))
+            ran += 1
+    assert ran >= 50, ran
+    every = {"pool", "blocks of a pool in turn", "stride", "dilation", "fused pool", "residual"}
+    every |= {"four bits", "padding", "smaller tile", "tiles outside", "loads outside"}
+    every |= {"row groups", "borders", "staged output", "residual over several loads"}
+    assert all(kinds[name] >= 3 for name in every), kinds
+
+
+def strips(height: int, kernel: int, stride: int, dilation: int, padding: int, channels: int = 16):
+    """Give a network of one layer without a second column of taps, over a map of 5 columns."""
+    kind = MapType(16, height, 5, 8)
+    rng = np.random.default_rng(height)
+    weight = rng.integers(1, 30, (channels, 16, kernel, 1))
+    vertical = {"stride": (stride, 1), "padding": (padding, 0, padding, 0)}
+    term = ConvTerm("x0", weight, dilation=(dilation, 1), **vertical)
+    layer = Conv("conv0", [term], rng.integers(-4000, 4000, channels), Requant.eq5(8, 18))
+    rows = (height + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    output = Output("conv0", (channels, rows, 5), Dequantize("uint8"))
+    return Graph([Input("x0", kind, kind.shape, Quantize("uint8"))], [layer], [output])
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "loads", "kept", "again"),
+    [
+        # 3 rows of taps, padding 1, 24 rows, 6 a tile: 0-6, 5-12, 11-18, 17-23. Kept: 0-7, then
+        # six, six and four.
+        ((24, 3, 1, 1, 1), 6, 1, 8 + 6 + 6 + 4, 7 + 8 + 8 + 7),
+        # 10 rows, the last tile has two: 0-4, 3-8, 7-9. A ring of six: 0-5, 3-8, 4-9.
+        ((10, 3, 1, 1, 1), 4, 1, 6 + 3 + 1, 5 + 6 + 3),
+        # 7 rows of taps, two rows apart, padding 3: 0-9, 5-17, 13-23.
+        ((24, 7, 2, 1, 3), 4, 1, 13 + 5 + 6, 10 + 13 + 11),
+        # No padding, and row 23 meets nothing: 0-8, 8-16, 16-22.
+        ((24, 3, 2, 1, 0), 4, 1, 9 + 8 + 6, 9 + 9 + 7),
+        # Taps two rows apart: 0-5, 2-9, 6-11.
+        ((12, 3, 1, 2, 2), 4, 1, 8 + 2 + 2, 6 + 8 + 6),
+        # The second load begins where the first has left 4-9: 0-3, then 6-8 and 9.
+        ((10, 3, 1, 1, 1), 4, 2, 6 + 3 + 1 + 4 + 3 + 1, 2 * (5 + 6 + 3)),
+        # Windows of two tiles share nothing: nothing to keep.
+        ((24, 1, 1, 1, 0), 6, 1, 24, 24),
+    ],
+)
+def test_rows_are_moved_in_as_counted_by_hand(shape, tile, loads, kept, again):
+    graph = strips(*shape, channels=16 * loads)
+    arch = attrs.evolve(MARS, cores=1, weight_groups_per_partition=shape[1])
+    space = Space.of(graph, arch)
+    codes = codes_of(graph, 1)
+    for halo, rows in (("keep", kept), ("reload", again)):
+        point = replaced(space.default, 0, tile=(tile, 5), order="loads", halo=halo)
+        assert len(space.realize(point).layers[0].loads) == loads
+        assert run_point(space, point, codes, evaluate_values(graph, codes)) != "refused"
+        # Two nibble planes of one channel block, five columns of 64 bits.
+        assert space.time(point).layers[0].counters.map_in_bits == 64 * 5 * 2 * rows
+
+
+def test_keeping_rows_is_a_choice_where_windows_of_strips_share_them():
+    """On `mars` the map is one tile, with small banks it is strips; columns share no rows."""
+    graph = strips(24, 3, 1, 1, 1)
+    small = attrs.evolve(MARS, bank_bits=64 * 5 * 2 * 16)
+    space = Space.of(graph, small)
+    assert space.default.choices[0].tile[0] < 24
+    assert space.domain(0)["halo"] == HALOS and space.default.choices[0].halo == "keep"
+    assert space.decisions(space.default, 0)["halo"] == HALOS
+    assert "halo" not in space.decisions(replaced(space.default, 0, tile=(1, 3)), 0)
+    assert "halo" not in Space.of(graph, MARS).domain(0)
+    assert "halo" not in Space.of(strips(24, 1, 1, 1, 0), small).domain(0)
+    columns = replaced(space.default, 0, tile=(1, 3), row_groups=1)
+    same = [replaced(columns, 0, halo=halo) for halo in HALOS]
+    assert space.realize(same[0]) == space.realize(same[1])
 
 
 @pytest.mark.parametrize("name", ["mars", "prefetch", "full", "small"])

@@ -68,7 +68,7 @@ class _Generator:
         self.addresses: dict[str, int] = {}
         self.held = nothing_held(arch.cores)
         # What was moved in last: a value, its first block, the window.
-        self.staged: dict[Place, tuple[str, int, Window]] = {}
+        self.staged: dict[Place, tuple[str, int, Window | None]] = {}
         self.works: dict[tuple[int, Tile], ConvWork] = {}  # by layer and tile
         self.partial_base = 0
 
@@ -265,12 +265,10 @@ class _Generator:
             if not staged:
                 continue
             place = source.place
-            # A residual in the output's place is overwritten; anything else may still lie there.
-            shared = schedule.output_staged and place == schedule.place
-            held = None
-            if not shared and place in self.staged:
-                *before, moved = self.staged[place]
-                held = moved if before == [name, source.block] else None
+            # A residual in the output's place is there until each of its blocks is written over,
+            # which is when nothing reads that any more.
+            before, block, moved = self.staged.get(place, ("", 0, None))
+            held = moved if (before, block) == (name, source.block) else None
             for rows in window.missing(held):
                 self._move(isa.MOVE_IN, name, window, place, source.block, source.blocks, rows=rows)
             self.staged[place] = (name, source.block, window)
