@@ -108,6 +108,49 @@ def pooled_convs(seed: int) -> Graph:
     return Graph([images], layers, [out])
 
 
+def overlapping(seed: int) -> Graph:
+    """A convolution, a pool and a convolution with a residual, all with windows that overlap."""
+    rng = np.random.default_rng(seed)
+
+    def axis(size: int) -> tuple[int, int, int, int, int]:
+        """Give kernel, stride, dilation, padding, and what they make of a size."""
+        kernel = int(rng.integers(2, 6))
+        dilation = int(rng.integers(1, 3)) if kernel < 4 else 1
+        reach = (kernel - 1) * dilation
+        stride, padding = int(rng.integers(1, min(reach, 3) + 1)), int(rng.integers(0, reach))
+        return kernel, stride, dilation, padding, (size + 2 * padding - reach - 1) // stride + 1
+
+    def conv(name: str, source: str, before: int, channels: int, term: ConvTerm) -> Conv:
+        return Conv(name, [term], rng.integers(-4000, 4000, channels), Requant.eq5(bits, 13))
+
+    bits, size = int(rng.choice([4, 8])), (int(rng.integers(16, 31)), int(rng.integers(5, 9)))
+    kind = MapType(int(rng.integers(10, 40)), *size, int(rng.choice([4, 8])))
+    rows, columns = axis(size[0]), axis(size[1])
+    channels = int(rng.integers(10, 70))
+    weight = rng.integers(-40, 41, (channels, kind.channels, rows[0], columns[0]))
+    strides, dilations, paddings = ((rows[i], columns[i]) for i in (1, 2, 3))
+    term = ConvTerm("x0", weight, stride=strides, dilation=dilations, padding=2 * paddings)
+    layers: list[Conv | Pool] = [conv("conv0", "x0", kind.channels, channels, term)]
+    source, height, width = "conv0", rows[4], columns[4]
+    if rng.random() < 0.4 and min(height, width) > 3:  # to be fused
+        layers.append(Pool("maxpool1", "max", source, (2, 2), (2, 2)))
+        source, height, width = "maxpool1", height // 2, width // 2
+    mode, stride = str(rng.choice(["max", "avg"])), int(rng.integers(1, 3))
+    requant = None if mode == "max" else Requant.eq5(bits, 8)
+    name = f"{mode}pool{len(layers)}"
+    layers.append(Pool(name, mode, source, (3, 3), (stride, 1), (1, 1, 1, 1), requant=requant))
+    height = (height - 1) // stride + 1
+    weight = rng.integers(-40, 41, (channels, channels, 3, 3))
+    last = f"conv{len(layers)}"
+    term = ConvTerm(name, weight, padding=(1, 1, 1, 1))
+    layers.append(
+        attrs.evolve(conv(last, name, channels, channels, term), residual=Residual(name, 5))
+    )
+    output = Output(last, (channels, height, width), Dequantize("uint8"))
+    images = Quantize("uint8", high=2**kind.bits - 1)
+    return Graph([Input("x0", kind, kind.shape, images)], layers, [output])
+
+
 def bordered_region(graph: Graph, arch: MarsArch, border: Border = "both") -> Region:
     """Build a region by the default schedule, but for one choice of the border in all layers."""
     space = Space.of(graph, arch)
