@@ -21,7 +21,7 @@ PARTS = 2
 #: Machines on which the program has resident maps, staged tiles, partial sums in a bank, off-chip.
 MACHINES: dict[str, MarsArch] = {
     "resident": attrs.evolve(MARS, overlap="full"),
-    "staged": attrs.evolve(MARS, bank_bits=10 * 1024, array_fill_cycles=20, overlap="full"),
+    "staged": attrs.evolve(MARS, bank_bits=7 * 1024, array_fill_cycles=20, overlap="full"),
     "partial": attrs.evolve(
         MARS, weight_groups_per_partition=8, array_fill_cycles=3, overlap="prefetch", cores=2
     ),

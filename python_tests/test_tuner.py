@@ -259,6 +259,15 @@ def test_other_damage_is_said(tmp_path, text):
         Database(tmp_path)
 
 
+def test_records_from_before_halos_were_kept_have_them_moved_in_again(tmp_path):
+    search(small_space(), Database(tmp_path), SearchOptions(trials=4))
+    text = (tmp_path / RECORDS).read_text()
+    assert all(choice.halo == "keep" for choice in Database(tmp_path).records[0].point.choices)
+    (tmp_path / RECORDS).write_text(re.sub(r',\s*"halo":\s*"(keep|reload)"', "", text))
+    for record in Database(tmp_path).records:
+        assert {choice.halo for choice in record.point.choices} == {"reload"}
+
+
 def test_workloads_differ_by_structure_and_zeros_not_by_weights():
     keys = set()
     for seed in range(40):
