@@ -414,7 +414,7 @@ class Space:
         idle: tuple[str, ...] = ()
         if fused:
             idle = ("block_tile",) if pool == index else ("tile", "staged", "bank")
-        if not self._shares_rows(point, index):
+        if "halo" in domain and not self._shares_rows(point, index):
             idle += ("halo",)
         return {n: values for n, values in domain.items() if len(values) > 1 and n not in idle}
 
