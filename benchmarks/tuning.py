@@ -222,7 +222,7 @@ def compare(console: Console, graph: Graph, trials: Sequence[int], seeds: int) -
 
 
 #: Points of the largest layers of which all schedules are timed.
-ENUMERABLE = 2_000_000
+ENUMERABLE = 2_500_000
 
 
 def enumerable(arch: MarsArch) -> Iterator[tuple[str, Space]]:
@@ -247,15 +247,16 @@ def enumerable(arch: MarsArch) -> Iterator[tuple[str, Space]]:
 def every_schedule(space: Space) -> list[int]:
     """Give the cycles of all schedules of a network of one layer."""
     found: dict[Schedule, int] = {}
-    layer = space.graph.layers[0]
+    layer, default = space.graph.layers[0], space.default.choices[0]
     assert isinstance(layer, Conv)
     for point in grid_points(space):
         with contextlib.suppress(ScheduleError):
             choice = point.choices[0]
-            if len(space.loads(layer, choice)) == 1 and any(
-                getattr(choice, name) != getattr(space.default.choices[0], name)
-                for name in OF_SEVERAL_LOADS
-            ):
+            loads = space.loads(layer, choice)
+            idle = OF_SEVERAL_LOADS if len(loads) == 1 else ()
+            if not any(load.cut_cores for load in loads):
+                idle += OF_CUT_BLOCKS
+            if any(getattr(choice, name) != getattr(default, name) for name in idle):
                 continue
             schedule = space.realize(point)
             if schedule not in found:
@@ -263,8 +264,9 @@ def every_schedule(space: Space) -> list[int]:
     return list(found.values())
 
 
-#: What makes no difference to a network with one load.
-OF_SEVERAL_LOADS = ("order", "partial", "join", "fill_lead", "fetch_lead", "slots")
+#: What makes no difference to a network with one load, and to one without cut kernel blocks.
+OF_SEVERAL_LOADS: tuple[str, ...] = ("order", "join", "fill_lead", "fetch_lead", "slots")
+OF_CUT_BLOCKS = ("partial",)
 
 
 def exhaustive(console: Console, trials: int, seeds: int) -> None:

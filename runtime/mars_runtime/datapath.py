@@ -118,7 +118,8 @@ class _MapView:
             px = slice(
                 int(inside_x.argmax()), int(inside_x.argmax()) + columns.stop - columns.start
             )
-            patch[:, :, py, px] = np.roll(self.codes(blocks), -sas.row, 2)[:, :, rows, columns]
+            stored = (np.arange(rows.start, rows.stop) + sas.row) % self.shape[1]
+            patch[:, :, py, px] = self.codes(blocks)[:, :, stored, columns]
         met = np.zeros((len(blocks), *self.shape[1:]), bool)
         if read is None:
             for r in range(kernel[0]):
