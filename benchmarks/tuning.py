@@ -101,7 +101,8 @@ def table_of(
         "FPS",
         "paper",
     ):
-        table.add_column(name, justify="left" if name in ("network", "machine") else "right")
+        left = name in ("network", "machine")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for name, graph, paper, arch in rows:
         space = Space.of(graph, arch)
         before, after, least = space.time(space.default).cycles, tuned(space, trials), bound(space)
