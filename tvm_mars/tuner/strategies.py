@@ -168,7 +168,7 @@ class Evolution:
 
     KEPT = 6
     BRED = 4  # candidates for each point that is measured
-    TRUSTED = 32  # measured points with which the model chooses among half of them
+    TRUSTED = 128  # measured points with which the model chooses among half of them
     CROSSED = 0.4  # share that has two parents
     NEAR = 0.5  # share of values beside the old one
 
