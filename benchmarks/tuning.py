@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -47,7 +47,7 @@ from tvm_mars.tuner.database import Database, workload_key
 from tvm_mars.tuner.runners import measure
 from tvm_mars.tuner.search import SearchOptions, search
 from tvm_mars.tuner.space import Space, replaced
-from tvm_mars.tuner.starts import bordered, starts
+from tvm_mars.tuner.starts import bordered, starts, swapped_banks
 from tvm_mars.tuner.strategies import grid_points, make_strategy
 from tvm_mars.zoo.entries import load, names
 
@@ -61,8 +61,16 @@ NETWORKS: dict[str, Callable[[int], Graph]] = {
     "vgg16": lambda bits: vgg16(activation_bits=bits),
     "resnet18": lambda bits: resnet18(0.05, activation_bits=bits),
 }
-ZOO = ("digits", "resnet20-w8a8", "resnet20-w4a4", "vgg16-w8a4")
 OVERLAPS = ("none", "prefetch", "full")
+
+
+def networks(made: Iterable[str], zoo: Iterable[str]) -> Iterator[tuple[str, Graph, int | None]]:
+    """Yield networks made here, at both widths, and of the zoo, with their paper's FPS."""
+    for name in made:
+        for bits in (8, 4):
+            yield f"{name} w8a{bits}", NETWORKS[name](bits), PAPER_FPS[name, bits]
+    for name in zoo:
+        yield name, load(name), None
 
 
 def bound(space: Space) -> int:
@@ -315,12 +323,7 @@ def placed(space: Space, point: Point) -> tuple[int, int]:
 
 
 def _placed_otherwise(space: Space, point: Point, index: int) -> Iterator[Point]:
-    swapped = Point(
-        tuple(
-            attrs.evolve(choice, bank=1 - choice.bank) if place >= index else choice
-            for place, choice in enumerate(point.choices)
-        )
-    )
+    swapped = swapped_banks(point, index)
     yield swapped
     open_ = space.decisions(point, index)
     for name in ("bank", "fused", "staged"):
@@ -344,9 +347,7 @@ def places(console: Console) -> None:
     table = Table(title="banks and fused pools, the rest as in the best starting point", box=None)
     for name in ("network", "overlap", "best start", "placed better", "points timed"):
         table.add_column(name, justify="left" if name in ("network", "overlap") else "right")
-    graphs = {f"{name} w8a{bits}": make(bits) for name, make in NETWORKS.items() for bits in (8, 4)}
-    graphs |= {name: load(name) for name in names()}
-    for network, graph in graphs.items():
+    for network, graph, _ in networks(NETWORKS, names()):
         for overlap in OVERLAPS:
             space = Space.of(graph, attrs.evolve(PRESETS["mars"], overlap=overlap))
             before, best = best_start(space)
@@ -505,14 +506,8 @@ def main() -> None:
             for bits in (32, 64, 128)
             for one in machines
         ]
-    networks = ("vgg16",) if options.sweep else tuple(NETWORKS)
-    graphs = [
-        (f"{name} w8a{bits}", NETWORKS[name](bits), PAPER_FPS[name, bits])
-        for name in networks
-        for bits in (8, 4)
-    ]
-    zoo = [] if options.sweep else [(name, load(name), None) for name in ZOO]
-    rows = [(*entry, arch) for entry in (*graphs, *zoo) for arch in machines]
+    shown = networks(("vgg16",), ()) if options.sweep else networks(NETWORKS, names())
+    rows = [(*entry, arch) for entry in shown for arch in machines]
     table_of(console, "tuning", rows, options.trials)
 
 

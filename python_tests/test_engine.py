@@ -187,6 +187,22 @@ def test_every_compiled_program_is_lifted(name, first_seed):
         ]
 
 
+def set_registers(region: Region, name: str) -> list[int]:
+    """Give the SAS instructions in which a register is not 0."""
+    return [
+        place
+        for place, one in enumerate(region.instructions)
+        if isinstance(one, isa.Sas) and getattr(one, name)
+    ]
+
+
+def altered(region: Region, place: int, instruction: isa.Instruction) -> Region:
+    """Give a region with another instruction in one place."""
+    code = list(region.instructions)
+    code[place] = instruction
+    return attrs.evolve(region, code=isa.encode_all(code))
+
+
 @pytest.mark.parametrize("name", ["mars", "small", "tiny"])
 def test_taps_that_are_passed_over_belong_to_the_layer(name, first_seed):
     """Layers are the same with borders cut and without; a mask that hides data is no layer's."""
@@ -197,15 +213,14 @@ def test_taps_that_are_passed_over_belong_to_the_layer(name, first_seed):
             region = bordered_region(graph, MACHINES[name])
         except mars_runtime.CapacityError:
             continue
-        code = list(region.instructions)
-        masks = [i for i, one in enumerate(code) if isinstance(one, isa.Sas) and one.skip]
+        masks = set_registers(region, "skip")
         if not masks:
             continue
         compared += 1
         assert dump(lift(region, MACHINES[name])) == dump(lifted(graph, MACHINES[name]))
-        code[masks[0]] = attrs.evolve(code[masks[0]], skip=2**16 - 1)
+        every_tap = attrs.evolve(region.instructions[masks[0]], skip=2**16 - 1)
         try:
-            lift(attrs.evolve(region, code=isa.encode_all(code)), MACHINES[name])
+            lift(altered(region, masks[0], every_tap), MACHINES[name])
         except NotLifted as reason:
             hidden += 1
             assert "passes over taps that meet the map" in str(reason)
@@ -224,18 +239,16 @@ def test_rings_of_rows_are_windows_of_the_map(bank_bits, first_seed):
             moved_anew = build_region(NamedGraph.of(graph), arch, scheduler=reloading)
         except mars_runtime.CapacityError:
             continue
-        code = list(region.instructions)
-        rings = [i for i, one in enumerate(code) if isinstance(one, isa.Sas) and one.row]
+        rings = set_registers(region, "row")
         if not rings:
             continue
         compared += 1
         assert dump(lift(region, arch)) == dump(lift(moved_anew, arch))
         for ring in rings:
-            sas = code[ring]
-            code[ring] = attrs.evolve(sas, row=(sas.row + 1) % sas.height)
+            sas = region.instructions[ring]
+            later = attrs.evolve(sas, row=(sas.row + 1) % sas.height)
             with pytest.raises(NotLifted, match="reads a window of several maps"):
-                lift(attrs.evolve(region, code=isa.encode_all(code)), arch)
-            code[ring] = sas
+                lift(altered(region, ring, later), arch)
     assert compared >= 10, compared
 
 
@@ -727,12 +740,10 @@ def test_what_is_no_sequence_of_layers_is_left_to_the_machine(small, images):
 def test_what_the_machine_refuses_is_refused(small, images, kind):
     """The lifter makes the machine's checks: here of words that nothing wrote."""
     region = small.regions[0]
-    instructions = list(region.instructions)
-    index = next(i for i, one in enumerate(instructions) if isinstance(one, kind))
-    left_out = instructions[index]
-    instructions[index] = isa.Sync(wait=left_out.wait, signal=left_out.signal)
-    changed = attrs.evolve(region, code=isa.encode_all(instructions))
-    program = attrs.evolve(small, regions=(changed,))
+    index = next(i for i, one in enumerate(region.instructions) if isinstance(one, kind))
+    left_out = region.instructions[index]
+    nothing = isa.Sync(wait=left_out.wait, signal=left_out.signal)
+    program = attrs.evolve(small, regions=(altered(region, index, nothing),))
     messages = []
     for engine in ("machine", "layers"):
         with pytest.raises(MachineError) as raised:

@@ -230,6 +230,12 @@ _I64 = "<16 x i64>"
 _F64 = "<16 x double>"
 
 
+def _shape(vector: str) -> tuple[str, str]:
+    """Give a vector type's count and the type of its elements."""
+    count, _, type = vector.strip("<>").partition(" x ")
+    return count, type
+
+
 class _Code:
     """Lines of a function, with names for values."""
 
@@ -267,7 +273,7 @@ class _Code:
         return self.set(f"sext i32 {self.load('i32', pointer, 4)} to i64")
 
     def splat(self, value: str, vector: str) -> str:
-        count, _, type = vector.strip("<>").partition(" x ")
+        count, type = _shape(vector)
         one = self.set(f"insertelement {vector} poison, {type} {value}, i64 0")
         return self.set(
             f"shufflevector {vector} {one}, {vector} poison, <{count} x i32> zeroinitializer"
@@ -275,7 +281,7 @@ class _Code:
 
     def constant(self, field: str, vector: str) -> str:
         """Give a number of the step in every place of a vector."""
-        value, type = self.field(field), vector.strip("<>").partition(" x ")[2]
+        value, (_, type) = self.field(field), _shape(vector)
         if type != "i64":
             value = self.set(f"trunc i64 {value} to {type}")
         return self.splat(value, vector)
@@ -554,7 +560,7 @@ def _store_bytes(code: _Code, codes: str, size: int, to: str, places: Sequence[i
 
 def _within(code: _Code, value: str, type: str, low: str, high: str) -> str:
     """Clamp real numbers; NaN becomes a limit."""
-    bits = f"<{type.strip('<>').partition(' x ')[0]} x i1>"
+    bits = f"<{_shape(type)[0]} x i1>"
     for order, limit in (("ogt", low), ("olt", high)):
         keep = code.set(f"fcmp {order} {type} {value}, {limit}")
         value = code.set(f"select {bits} {keep}, {type} {value}, {type} {limit}")

@@ -9,13 +9,14 @@ from typing import Literal, TypeAlias
 import attrs
 
 from mars_runtime import isa
+from mars_runtime.arch import MarsArch
 from mars_runtime.packing import (
     group_set_bytes,
     pack_group_sets,
     pack_parameters,
 )
 from mars_runtime.stopwatch import Loads
-from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit
+from mars_runtime.timing import DecodedLoad, LoadedSegment, Visit, fill_cost
 
 from ..pack import PackedBlock, PackedConv
 from ..schedule import Load, Piece
@@ -52,6 +53,15 @@ class LoadParts:
     most_index_bytes: int
     most_parameter_bytes: int
     most_group_sets: int
+
+    @property
+    def bits(self) -> int:
+        """Bits that are fetched."""
+        return 8 * (self.table_bytes + self.weight_bytes)
+
+    def fill_cycles(self, arch: MarsArch, weight_bits: int) -> int:
+        """Give the cycles in which open arrays are filled, all cores at once."""
+        return fill_cost(arch, self.most_group_sets, weight_bits).cycles if self.filling else 0
 
 
 @attrs.frozen

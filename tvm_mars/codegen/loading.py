@@ -13,7 +13,7 @@ from mars_runtime import isa
 from mars_runtime.arch import MarsArch
 from mars_runtime.maps import WORD_CHANNELS, MapType
 from mars_runtime.packing import group_set_bytes
-from mars_runtime.timing import fill_cost, offchip_cycles
+from mars_runtime.timing import offchip_cycles
 
 from ..pack import PackedConv
 from ..schedule.plan import Step
@@ -282,11 +282,9 @@ class Loader:
         for number, turn in self.turns[self.filled_before : self.filled]:
             loaded = self.loaded[number]
             parts = loaded.image.parts
-            bits = 8 * (parts.table_bytes + parts.weight_bytes) - loaded.ahead
-            spare -= offchip_cycles(self.arch, bits)
-            if parts.filling:
-                weight_bits = self.packed[turn.schedule.layer].weight_bits
-                spare += fill_cost(self.arch, parts.most_group_sets, weight_bits).cycles
+            weight_bits = self.packed[turn.schedule.layer].weight_bits
+            spare -= offchip_cycles(self.arch, parts.bits - loaded.ahead)
+            spare += parts.fill_cycles(self.arch, weight_bits)
         return spare
 
     def _next_part(self, depth: int, cycles: int | None = None) -> _Part | None:

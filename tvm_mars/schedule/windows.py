@@ -79,6 +79,11 @@ class _Axis:
         """Rows from the first tap to the last."""
         return (self.kernel - 1) * self.dilation + 1
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether what adjacent output pixels meet has rows in common."""
+        return self.reach > self.stride
+
     def extent(self, count: int) -> int:
         """Rows that so many output pixels need at most."""
         return min((count - 1) * self.stride + self.reach, self.size)
@@ -142,10 +147,10 @@ def input_windows(
     ph, pw = step.pooling
     found = []
     for vertical, horizontal in _axes(step, types):
-        ring = kept is not None and vertical.reach > vertical.stride
+        ring = False
         low, high, y = vertical.needed(tile[0] * ph, tile[2] * ph)
-        if kept is not None and ring:
-            rows = vertical.extent(kept * ph)
+        if kept is not None and vertical.overlaps:
+            ring, rows = True, vertical.extent(kept * ph)
             low = max(0, high - rows)
             high = low + rows
         left, right, x = horizontal.needed(tile[1] * pw, tile[3] * pw)
@@ -155,7 +160,7 @@ def input_windows(
 
 def overlaps(step: Step, types: Mapping[str, MapType]) -> tuple[bool, ...]:
     """Tell for each input whether windows of tiles that lie below each other share rows."""
-    return tuple([vertical.reach > vertical.stride for vertical, _ in _axes(step, types)])
+    return tuple([vertical.overlaps for vertical, _ in _axes(step, types)])
 
 
 def shares_rows(

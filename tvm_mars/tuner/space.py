@@ -270,10 +270,11 @@ class Space:
                     and 8 * (index + size[1]) <= self.arch.index_sram_bits
                     and 8 * (parameters + size[2]) <= self.arch.parameter_sram_bits
                 )
-                if not (open_group and fits and not repeated):
+                joins = open_group and fits and not repeated  # the load behind this one
+                if not joins:
                     slots = index = parameters = 0
                 if found:
-                    found[-1] = open_group and fits and not repeated
+                    found[-1] = joins
                 slots, index, parameters = slots + size[0], index + size[1], parameters + size[2]
                 open_group, width = chosen[entry.layer].join and not repeated, weight_bits
                 found.append(False)

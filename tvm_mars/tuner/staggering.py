@@ -12,7 +12,7 @@ import math
 import attrs
 
 from mars_runtime.packing import group_set_bytes
-from mars_runtime.timing import fill_cost, offchip_cycles
+from mars_runtime.timing import offchip_cycles
 
 from ..codegen.image import load_parts
 from ..graph import Conv
@@ -89,12 +89,8 @@ def _turns(space: Space, point: Point) -> list[_Turn]:
             filling, parts = turns[first], load_parts(packed, load)
             if not filling.filled:
                 filling.filled, filling.excess = True, -space.arch.array_fill_cycles
-            filling.excess += offchip_cycles(
-                space.arch, 8 * (parts.table_bytes + parts.weight_bytes)
-            )
-            if parts.filling:
-                most = parts.most_group_sets
-                filling.excess -= fill_cost(space.arch, most, packed.weight_bits).cycles
+            filling.excess += offchip_cycles(space.arch, parts.bits)
+            filling.excess -= parts.fill_cycles(space.arch, packed.weight_bits)
     return turns
 
 

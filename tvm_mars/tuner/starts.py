@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
@@ -12,10 +12,11 @@ from mars_runtime.timing import RAW_WORDS, fill_cost
 
 from ..graph import Conv, Pool
 from ..schedule import Border, Choice, Point, ScheduleError
+from ..schedule.types import Slots
 from .space import Space, replaced
 from .staggering import staggered
 
-__all__ = ["Layout", "bordered", "layout", "starts", "uniform"]
+__all__ = ["Layout", "bordered", "layout", "starts", "swapped_banks", "uniform"]
 
 
 @attrs.frozen(kw_only=True)
@@ -36,7 +37,7 @@ class Layout:
         with whom loads take turns twice as often.
     apart : bool
         Whether those that compute for longer have a CONV for each core.
-    slots : "next" or "oldest"
+    slots : "low", "next" or "oldest"
         Which macro slots loads take.
     """
 
@@ -45,7 +46,7 @@ class Layout:
     balanced: int | None = None
     halved: bool = False
     apart: bool = False
-    slots: Literal["next", "oldest"] = "oldest"
+    slots: Slots = "oldest"
 
 
 #: What is tried: the size of a load decides how well arrays are filled whole.
@@ -179,13 +180,17 @@ def _apart(point: Point, conv: int, pool: int) -> Point:
     The pool, and what follows, changes banks: each reads one and writes the other, whose ports
     serve both at once.
     """
+    other = swapped_banks(point, pool)
+    return replaced(replaced(other, conv, bank=point.choices[pool].bank), pool, fused=False)
+
+
+def swapped_banks(point: Point, first: int) -> Point:
+    """Give a point in which each layer from one on writes the other bank."""
     choices = [
-        attrs.evolve(choice, bank=1 - choice.bank) if place >= pool else choice
+        attrs.evolve(choice, bank=1 - choice.bank) if place >= first else choice
         for place, choice in enumerate(point.choices)
     ]
-    return replaced(
-        replaced(Point(tuple(choices)), conv, bank=point.choices[pool].bank), pool, fused=False
-    )
+    return Point(tuple(choices))
 
 
 def _border(space: Space, point: Point, index: int) -> tuple[float, Point]:
