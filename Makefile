@@ -42,7 +42,7 @@ demo: $(READY)  ## Compile a trained network for MARS, run it on the simulated c
 	@$(BIN)/python -m tvm_mars.demo
 
 test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 $(TRAIN): $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,train,tensorboard,brevitas]"
