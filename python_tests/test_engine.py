@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,6 +156,40 @@ def test_arms_kernels_are_made_of_its_dot_products():
             variant, ((pixels,),), (0,), None, 1, pixels, "float32", True, True, True, 1, False
         )
         assert assembly((kernel,), ARM).count("sdot\t") == expected
+
+
+#: Leaves free memory of one page here, and of more than that only 6 GiB below it.
+FAR_APART = """
+import ctypes, mmap
+from python_tests.emulated_arm import library
+from python_tests.test_engine import Plan, depthwise, lifted, native
+
+native.library = library
+network = lifted(depthwise(3, 1))  # its kernel has constants
+
+FAR, NO_ACCESS, PRIVATE_ANONYMOUS_NORESERVE = 6 << 30, 0, 0x4022
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_size_t
+libc.mmap.argtypes = [ctypes.c_size_t] * 2 + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_size_t] * 2
+
+def reserve(size):
+    return libc.mmap(0, size, NO_ACCESS, PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+
+far = reserve(FAR)
+for size in (2**20, 2**16, mmap.PAGESIZE):
+    while reserve(size) > far:
+        pass
+libc.munmap(far + FAR - mmap.PAGESIZE, mmap.PAGESIZE)
+print(len(Plan(network, "portable", 1, 1).library.addresses))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="places memory as Linux does")
+def test_arms_code_is_loaded_where_memory_is_far_apart():
+    pytest.importorskip("unicorn", reason="unicorn, which emulates Arm, is not installed")
+    found = subprocess.run([sys.executable, "-c", FAR_APART], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "3\n"), found.stderr
 
 
 @pytest.mark.parametrize("part", range(8))

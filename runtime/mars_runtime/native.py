@@ -62,7 +62,11 @@ class Library:
         import llvmlite.binding as llvm
 
         empty = llvm.parse_assembly(f'target triple = "{processor.triple}"')
-        self._engine = llvm.create_mcjit_compiler(empty, processor.target_machine())  # owns it
+        # Arm's code reaches 4 GiB. Only llvmlite's own memory manager places code and constants
+        # together (llvm-project issue 71963); by default it is taken on Arm, not under emulation.
+        self._engine = llvm.create_mcjit_compiler(  # which owns the target machine
+            empty, processor.target_machine(), use_lmm=processor.arm
+        )
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self.addresses = {
