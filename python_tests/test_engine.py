@@ -174,7 +174,9 @@ libc.mmap.argtypes = [ctypes.c_size_t] * 2 + [ctypes.c_int] * 3 + [ctypes.c_long
 libc.munmap.argtypes = [ctypes.c_size_t] * 2
 
 def reserve(size):
-    return libc.mmap(0, size, NO_ACCESS, PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+    found = libc.mmap(0, size, NO_ACCESS, PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+    assert found != ctypes.c_size_t(-1).value, f"no {size} bytes of addresses are left"
+    return found
 
 far = reserve(FAR)
 for size in (2**20, 2**16, mmap.PAGESIZE):
